@@ -1,0 +1,2 @@
+//! The qvirt command line.
+fn main() {}
