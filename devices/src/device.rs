@@ -1,0 +1,140 @@
+//! The kinds of device, as one type: what a config's tables become.
+
+use serde::{Deserialize, Serialize};
+
+use crate::controller::{IothreadConfig, ScsiControllerConfig, VirtioSerialConfig};
+use crate::disk::DiskConfig;
+use crate::id::DeviceId;
+use crate::nic::NicConfig;
+use crate::port::{ChannelConfig, SerialConfig};
+
+/// A device as its config asks for it. In JSON: the table's name, then its keys.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceConfig {
+    /// `[[iothread]]`
+    Iothread(IothreadConfig),
+    /// `[[scsi_controller]]`
+    ScsiController(ScsiControllerConfig),
+    /// `[[virtio_serial]]`
+    VirtioSerial(VirtioSerialConfig),
+    /// `[[disk]]`
+    Disk(DiskConfig),
+    /// `[[nic]]`
+    Nic(NicConfig),
+    /// `[[serial]]`
+    Serial(SerialConfig),
+    /// `[[channel]]`
+    Channel(ChannelConfig),
+}
+
+/// One expression for the config inside, whatever its kind.
+macro_rules! each {
+    ($self:expr, $config:ident => $body:expr) => {
+        match $self {
+            DeviceConfig::Iothread($config) => $body,
+            DeviceConfig::ScsiController($config) => $body,
+            DeviceConfig::VirtioSerial($config) => $body,
+            DeviceConfig::Disk($config) => $body,
+            DeviceConfig::Nic($config) => $body,
+            DeviceConfig::Serial($config) => $body,
+            DeviceConfig::Channel($config) => $body,
+        }
+    };
+}
+
+impl DeviceConfig {
+    /// Names of the tables, in the order in which their devices are made: what others stand on comes first.
+    pub const TABLES: &'static [&'static str] =
+        &["iothread", "scsi_controller", "virtio_serial", "disk", "nic", "serial", "channel"];
+
+    /// The table's name.
+    pub fn table(&self) -> &'static str {
+        Self::TABLES[self.rank()]
+    }
+
+    /// Place of its kind in [`DeviceConfig::TABLES`].
+    pub(crate) fn rank(&self) -> usize {
+        match self {
+            DeviceConfig::Iothread(_) => 0,
+            DeviceConfig::ScsiController(_) => 1,
+            DeviceConfig::VirtioSerial(_) => 2,
+            DeviceConfig::Disk(_) => 3,
+            DeviceConfig::Nic(_) => 4,
+            DeviceConfig::Serial(_) => 5,
+            DeviceConfig::Channel(_) => 6,
+        }
+    }
+
+    /// The id it was given.
+    pub fn id(&self) -> Option<&DeviceId> {
+        each!(self, config => config.id.as_ref())
+    }
+
+    pub(crate) fn set_id(&mut self, id: DeviceId) {
+        each!(self, config => config.id = Some(id));
+    }
+
+    /// What an id that was not given begins with.
+    pub(crate) fn id_prefix(&self) -> &'static str {
+        match self {
+            DeviceConfig::Iothread(_) => "io",
+            DeviceConfig::ScsiController(_) => "scsi",
+            DeviceConfig::VirtioSerial(_) => "vser",
+            DeviceConfig::Disk(_) => "disk",
+            DeviceConfig::Nic(_) => "net",
+            DeviceConfig::Serial(_) => "serial",
+            DeviceConfig::Channel(_) => "channel",
+        }
+    }
+
+    /// The boot index it was given.
+    pub fn bootindex(&self) -> Option<u32> {
+        match self {
+            DeviceConfig::Disk(disk) => disk.bootindex,
+            DeviceConfig::Nic(nic) => nic.bootindex,
+            _ => None,
+        }
+    }
+
+    /// The iothread it names.
+    pub(crate) fn iothread(&self) -> Option<&DeviceId> {
+        match self {
+            DeviceConfig::Disk(disk) => disk.iothread.as_ref(),
+            DeviceConfig::ScsiController(controller) => controller.iothread.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// Whether it asks for a seat by name: such devices choose before the others.
+    pub(crate) fn wishes(&self) -> bool {
+        match self {
+            DeviceConfig::Disk(disk) => disk.seat.is_some() || disk.scsi.is_some(),
+            DeviceConfig::Nic(nic) => nic.seat.is_some(),
+            DeviceConfig::ScsiController(controller) => controller.seat.is_some(),
+            DeviceConfig::VirtioSerial(controller) => controller.seat.is_some(),
+            DeviceConfig::Iothread(_) | DeviceConfig::Serial(_) | DeviceConfig::Channel(_) => false,
+        }
+    }
+
+    /// Paths of images that must be looked at before it can be planned.
+    pub fn image(&self) -> Option<&str> {
+        match self {
+            DeviceConfig::Disk(disk) => disk.path.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// Every path in it that names a file of the host, to be made absolute by whoever knows the folder.
+    pub fn paths_mut(&mut self) -> Vec<&mut String> {
+        match self {
+            DeviceConfig::Disk(disk) => disk.path.as_mut().into_iter().collect(),
+            DeviceConfig::Nic(nic) => nic.vhost_user.as_mut().into_iter().collect(),
+            DeviceConfig::Serial(serial) => serial.log.as_mut().into_iter().collect(),
+            DeviceConfig::Channel(channel) => channel.path.as_mut().into_iter().collect(),
+            DeviceConfig::Iothread(_) | DeviceConfig::ScsiController(_) | DeviceConfig::VirtioSerial(_) => {
+                Vec::new()
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! What a device needs of the host, as values: facts that planning reads, and needs that the launcher meets. Nothing here opens anything.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::text::words;
+
+words! {
+    /// An image's format. Never probed: it stands in the config, or in the header of the overlay above.
+    Format, "image format" {
+        /// The bytes are the disk.
+        Raw = "raw",
+        /// QEMU's own, with backing files.
+        Qcow2 = "qcow2",
+    }
+}
+
+/// One layer of a disk's chain, top first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    /// Absolute path.
+    pub path: String,
+    /// Its format.
+    pub format: Format,
+    /// Whether it is a block device (QEMU's `host_device`) and not a file.
+    pub block_device: bool,
+}
+
+/// What is known of the host when a device is planned.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HostFacts {
+    /// Chains of the images that configs name, by path.
+    pub chains: BTreeMap<String, Vec<Layer>>,
+    /// The folder in which sockets without a path of their own are made.
+    pub run_dir: String,
+}
+
+/// How a file is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Access {
+    /// By any number of readers.
+    Read,
+    /// By one writer and nobody else.
+    Write,
+}
+
+/// Something of the host that a device needs while it is plugged in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HostNeed {
+    /// An image: leased host-wide, opened by QEMU itself.
+    Image {
+        /// Absolute path.
+        path: String,
+        /// How it is used.
+        access: Access,
+    },
+    /// A tap, opened by the launcher, and made if there is none.
+    Tap {
+        /// Its name on the host.
+        name: String,
+        /// Names of its descriptors, one a queue.
+        descriptors: Vec<String>,
+        /// The switch that it is plugged into.
+        switch: Option<Switch>,
+    },
+    /// `/dev/vhost-net`, opened once a queue.
+    VhostNet {
+        /// Names of the descriptors.
+        descriptors: Vec<String>,
+    },
+    /// A socket file that QEMU makes, to be removed with the device.
+    Socket {
+        /// Absolute path.
+        path: String,
+    },
+}
+
+/// A bridge of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Switch {
+    /// Its name.
+    pub bridge: String,
+    /// Whether it is an Open vSwitch bridge.
+    pub openvswitch: bool,
+    /// VLAN tag of the port; Open vSwitch only.
+    pub vlan: Option<u16>,
+}

@@ -1,0 +1,515 @@
+//! The devices of one machine with their seats, and planning: the one place where a device is refused or accepted.
+//!
+//! A [`Layout`] is a value. [`plan`] works on a copy and gives back the copy, so a refused device leaves no trace; whoever executes
+//! the plan keeps the new layout, and calls [`Layout::remove`] if it could not be carried out.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::address::Address;
+use crate::capabilities::Capabilities;
+use crate::controller::{ScsiControllerConfig, VirtioSerialConfig};
+use crate::device::DeviceConfig;
+use crate::disk::{DiskBus, DiskConfig};
+use crate::host::{HostFacts, HostNeed, Layer};
+use crate::id::{DeviceId, Generation, Label};
+use crate::port::SerialType;
+use crate::refusal::Refusal;
+use crate::spec::{Backend, DeviceSpec};
+use crate::topology::{Moment, Seat, Topology, TopologyError};
+use crate::units::Mac;
+
+/// A device that was planned: everything that is needed to make it, and to unmake it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Placed {
+    /// Its id.
+    pub id: DeviceId,
+    /// Its config, with what was assigned filled in.
+    pub config: DeviceConfig,
+    /// Its seat; an iothread has none.
+    pub address: Option<Address>,
+    /// The QEMU objects.
+    pub spec: DeviceSpec,
+    /// What it needs of the host.
+    pub needs: Vec<HostNeed>,
+    /// Whether qvirt made it for another device's sake.
+    pub on_demand: bool,
+}
+
+/// A device and what had to be added for it, in the order in which they are made.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Controllers first, the device last.
+    pub parts: Vec<Placed>,
+    /// The machine with them.
+    pub layout: Layout,
+}
+
+/// What one machine has.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Layout {
+    vm: String,
+    shared_memory: bool,
+    topology: Topology,
+    devices: Vec<Placed>,
+    /// The last generation that each id used; it outlives the device.
+    generations: BTreeMap<DeviceId, Generation>,
+}
+
+/// Plans one device. Errors: the first thing that speaks against it.
+pub fn plan(
+    config: &DeviceConfig,
+    layout: &Layout,
+    host: &HostFacts,
+    qemu: &Capabilities,
+    moment: Moment,
+) -> Result<Plan, Refusal> {
+    let first = layout.devices.len();
+    let mut next = layout.clone();
+    next.place(config.clone(), host, qemu, moment, false)?;
+    Ok(Plan { parts: next.devices[first..].to_vec(), layout: next })
+}
+
+/// Plans a whole machine before its start. Devices that ask for a seat choose first. An error names the position of its device.
+pub fn plan_machine(
+    mut layout: Layout,
+    configs: &[DeviceConfig],
+    host: &HostFacts,
+    qemu: &Capabilities,
+) -> Result<Layout, (usize, Refusal)> {
+    let configs = layout.named(configs)?;
+    let mut order: Vec<usize> = (0..configs.len()).collect();
+    order.sort_by_key(|i| (configs[*i].rank().min(3), !configs[*i].wishes()));
+    for index in order {
+        layout
+            .place(configs[index].clone(), host, qemu, Moment::Cold, false)
+            .map_err(|refusal| (index, refusal))?;
+    }
+    let position = |placed: &Placed| configs.iter().position(|c| c.id() == Some(&placed.id)).unwrap_or(0);
+    layout.devices.sort_by_key(|placed| (placed.config.rank(), position(placed)));
+    Ok(layout)
+}
+
+impl Layout {
+    /// An empty machine.
+    pub fn new(vm: &str, shared_memory: bool, topology: Topology) -> Layout {
+        Layout { vm: vm.to_owned(), shared_memory, topology, ..Layout::default() }
+    }
+
+    /// The seats.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// The seats, to mark what leaves, stays or is foreign.
+    pub fn topology_mut(&mut self) -> &mut Topology {
+        &mut self.topology
+    }
+
+    /// The devices, in the order in which they were made.
+    pub fn devices(&self) -> &[Placed] {
+        &self.devices
+    }
+
+    /// A device by its id, or a disk by its target label.
+    pub fn device(&self, name: &str) -> Option<&Placed> {
+        let by_id = self.devices.iter().find(|d| d.id.as_str() == name);
+        by_id.or_else(|| self.devices.iter().find(|d| d.label().is_some_and(|label| label.as_str() == name)))
+    }
+
+    /// A device by its id or label, or the refusal that lists what there is.
+    pub fn expect_device(&self, name: &str) -> Result<&Placed, Refusal> {
+        self.device(name).ok_or_else(|| {
+            let known: Vec<&str> = self.devices.iter().map(|d| d.id.as_str()).collect();
+            let known = if known.is_empty() { "no devices".to_owned() } else { known.join(", ") };
+            Refusal::NoSuchDevice { id: name.to_owned(), known }
+        })
+    }
+
+    /// The device is gone, and its seat free.
+    pub fn remove(&mut self, id: &DeviceId) {
+        self.devices.retain(|d| d.id != *id);
+        self.topology.release(id);
+    }
+
+    /// Puts a device back that is known from the journal: adoption.
+    pub fn restore(&mut self, placed: Placed) -> Result<(), Refusal> {
+        if let Some(address) = placed.address.clone() {
+            let occupant = crate::topology::Occupant {
+                name: placed.id.to_string(),
+                hold: crate::topology::Hold::Present,
+            };
+            let taken = self.topology.take(address, occupant);
+            taken.map_err(|source| Refusal::Seat { id: placed.id.clone(), source })?;
+        }
+        match &placed.config {
+            DeviceConfig::ScsiController(_) => drop(self.topology.add_scsi_controller(&placed.id)),
+            DeviceConfig::VirtioSerial(_) => drop(self.topology.add_serial_controller(&placed.id)),
+            _ => {}
+        }
+        self.note_generation(&placed);
+        self.devices.push(placed);
+        Ok(())
+    }
+
+    /// Whether a device can be detached while the machine runs; the refusal says why not.
+    pub fn can_leave(&self, placed: &Placed) -> Result<(), Refusal> {
+        let by_iothread =
+            self.devices.iter().filter(|d| d.config.iothread() == Some(&placed.id)).map(|d| d.id.as_str());
+        let users: Vec<&str> = self.topology.users_of(&placed.id).into_iter().chain(by_iothread).collect();
+        if !users.is_empty() {
+            return Err(Refusal::InUse { id: placed.id.clone(), users: users.join(", ") });
+        }
+        hot_pluggable(&placed.id, &placed.config)
+    }
+
+    /// Root ports and bridges as QEMU's objects, in order.
+    pub fn controllers(&self) -> Vec<DeviceSpec> {
+        let ports = self.topology.ports().iter().map(crate::pcie::RootPort::lower);
+        ports.chain(self.topology.bridges().iter().map(crate::pcie::Bridge::lower)).collect()
+    }
+
+    /// Gives each device its id, in the config's order, those that were given first.
+    fn named(&self, configs: &[DeviceConfig]) -> Result<Vec<DeviceConfig>, (usize, Refusal)> {
+        let mut named = configs.to_vec();
+        for (index, config) in configs.iter().enumerate() {
+            let Some(id) = config.id() else { continue };
+            if self.has_id(id) || configs[..index].iter().any(|c| c.id() == Some(id)) {
+                return Err((index, Refusal::DuplicateId { id: id.clone() }));
+            }
+        }
+        for index in 0..named.len() {
+            if named[index].id().is_none() {
+                let taken = |id: &DeviceId| self.has_id(id) || named.iter().any(|c| c.id() == Some(id));
+                let id = free_id(named[index].id_prefix(), taken);
+                named[index].set_id(id);
+            }
+        }
+        Ok(named)
+    }
+
+    fn has_id(&self, id: &DeviceId) -> bool {
+        let buses =
+            self.topology.ports().iter().map(|p| &p.id).chain(self.topology.bridges().iter().map(|b| &b.id));
+        self.devices.iter().map(|d| &d.id).chain(buses).any(|known| known == id)
+    }
+
+    fn place(
+        &mut self,
+        mut config: DeviceConfig,
+        host: &HostFacts,
+        qemu: &Capabilities,
+        moment: Moment,
+        on_demand: bool,
+    ) -> Result<DeviceId, Refusal> {
+        let id = config.id().cloned().unwrap_or_else(|| free_id(config.id_prefix(), |id| self.has_id(id)));
+        if self.has_id(&id) {
+            return Err(Refusal::DuplicateId { id });
+        }
+        config.set_id(id.clone());
+        if moment == Moment::Hot {
+            hot_pluggable(&id, &config)?;
+        }
+        self.check_shared(&id, &config)?;
+        let chain = check(&id, &config, self.shared_memory, host, qemu)?;
+        self.assign(&id, &mut config)?;
+        let seat = seat(&config);
+        if let Some(seat) = &seat {
+            self.controller_for(&id, seat, host, qemu, moment)?;
+        }
+        let claimed = seat.map(|seat| self.topology.claim(&id, &seat, moment)).transpose();
+        let address = claimed.map_err(|source| Refusal::Seat { id: id.clone(), source })?;
+        self.add_controller(&id, &config)?;
+        let spec = self.lower(&id, &config, address.as_ref(), &chain, host);
+        check_spec(&spec, qemu)?;
+        let needs = needs(&self.vm, &id, &config, &chain, host);
+        let placed = Placed { id: id.clone(), config, address, spec, needs, on_demand };
+        self.note_generation(&placed);
+        self.devices.push(placed);
+        Ok(id)
+    }
+
+    /// What must be unique in the machine, and what must be there.
+    fn check_shared(&self, id: &DeviceId, config: &DeviceConfig) -> Result<(), Refusal> {
+        if let Some(iothread) = config.iothread() {
+            let known = self
+                .devices
+                .iter()
+                .any(|d| d.id == *iothread && matches!(d.config, DeviceConfig::Iothread(_)));
+            if !known {
+                return Err(Refusal::NoIothread { id: id.clone(), iothread: iothread.clone() });
+            }
+        }
+        if let Some(index) = config.bootindex()
+            && let Some(holder) = self.devices.iter().find(|d| d.config.bootindex() == Some(index))
+        {
+            return Err(Refusal::BootIndexTaken { id: id.clone(), index, holder: holder.id.clone() });
+        }
+        Ok(())
+    }
+
+    /// Fills in what a device has by default and another device must not have: label, MAC address.
+    fn assign(&self, id: &DeviceId, config: &mut DeviceConfig) -> Result<(), Refusal> {
+        match config {
+            DeviceConfig::Disk(disk) => disk.target = Some(self.label(id, disk)?),
+            DeviceConfig::Nic(nic) => {
+                let mac = nic.mac.unwrap_or_else(|| Mac::derived(&self.vm, id.as_str()));
+                if let Some(holder) = self.devices.iter().find(|d| d.mac() == Some(mac)) {
+                    return Err(Refusal::MacTaken {
+                        id: id.clone(),
+                        mac: mac.to_string(),
+                        holder: holder.id.clone(),
+                    });
+                }
+                nic.mac = Some(mac);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn label(&self, id: &DeviceId, disk: &DiskConfig) -> Result<Label, Refusal> {
+        let holder = |label: &Label| self.devices.iter().find(|d| d.label() == Some(label));
+        if let Some(label) = &disk.target {
+            return match holder(label) {
+                Some(other) => Err(Refusal::LabelTaken {
+                    id: id.clone(),
+                    label: label.clone(),
+                    holder: other.id.clone(),
+                }),
+                None => Ok(label.clone()),
+            };
+        }
+        let prefix = disk.label_prefix();
+        let free = (0..Label::COUNT)
+            .filter_map(|n| Label::numbered(prefix, n))
+            .find(|label| holder(label).is_none());
+        free.ok_or_else(|| Refusal::NoLabel { id: id.clone(), prefix })
+    }
+
+    /// Makes the controller that a seat needs, if there is none with room.
+    fn controller_for(
+        &mut self,
+        id: &DeviceId,
+        seat: &Seat,
+        host: &HostFacts,
+        qemu: &Capabilities,
+        moment: Moment,
+    ) -> Result<(), Refusal> {
+        let config = match seat {
+            // A controller that is asked for by its index is made when it is the very next one.
+            Seat::Scsi { controller, .. } => {
+                let missing = match controller {
+                    Some(0) => self.topology.scsi_controller(0).is_none(),
+                    Some(_) => false,
+                    None => !self.topology.has_free_target(),
+                };
+                missing.then(|| DeviceConfig::ScsiController(ScsiControllerConfig::default()))
+            }
+            Seat::SerialPort { .. } => {
+                let missing = self.topology.serial_controller(0).is_none();
+                missing.then(|| DeviceConfig::VirtioSerial(VirtioSerialConfig::default()))
+            }
+            Seat::Pci(_) | Seat::Isa => None,
+        };
+        let Some(mut config) = config else { return Ok(()) };
+        config.set_id(free_id(config.id_prefix(), |other| other == id || self.has_id(other)));
+        self.place(config, host, qemu, moment, true).map(drop)
+    }
+
+    fn add_controller(&mut self, id: &DeviceId, config: &DeviceConfig) -> Result<(), Refusal> {
+        let index = match config {
+            DeviceConfig::ScsiController(_) => self.topology.add_scsi_controller(id),
+            DeviceConfig::VirtioSerial(_) => self.topology.add_serial_controller(id),
+            _ => return Ok(()),
+        };
+        let full = Refusal::Seat { id: id.clone(), source: TopologyError::Full { kind: "controller index" } };
+        index.map(drop).ok_or(full)
+    }
+
+    fn lower(
+        &self,
+        id: &DeviceId,
+        config: &DeviceConfig,
+        address: Option<&Address>,
+        chain: &[Layer],
+        host: &HostFacts,
+    ) -> DeviceSpec {
+        let controller = address.and_then(|address| match address {
+            Address::Scsi(a) => self.topology.scsi_controller(a.controller),
+            Address::SerialPort { controller, .. } => self.topology.serial_controller(*controller),
+            Address::Pci(_) | Address::Isa(_) => None,
+        });
+        match (config, address) {
+            (DeviceConfig::Disk(disk), Some(address)) => {
+                disk.lower(id, address, controller, chain, self.top_generation(id, chain))
+            }
+            (DeviceConfig::Nic(nic), Some(address)) => nic.lower(&self.vm, id, address),
+            (DeviceConfig::Serial(serial), Some(address)) => serial.lower(id, address, controller),
+            (DeviceConfig::Channel(channel), Some(address)) => {
+                channel.lower(id, address, controller, &host.run_dir)
+            }
+            (DeviceConfig::ScsiController(scsi), Some(address)) => scsi.lower(id, address),
+            (DeviceConfig::VirtioSerial(serial), Some(address)) => serial.lower(id, address),
+            (DeviceConfig::Iothread(iothread), _) => iothread.lower(id),
+            (_, None) => unreachable!("every kind but an iothread claims a seat"),
+        }
+    }
+
+    /// Generations count layers: a chain of three takes three, and the top has the highest.
+    fn top_generation(&self, id: &DeviceId, chain: &[Layer]) -> Generation {
+        let last = self.generations.get(id).copied().unwrap_or_default().0;
+        Generation(last.saturating_add(u32::try_from(chain.len()).unwrap_or(u32::MAX)))
+    }
+
+    fn note_generation(&mut self, placed: &Placed) {
+        let nodes = placed.spec.backends.iter().filter_map(|backend| match backend {
+            Backend::Blockdev(props) => {
+                DeviceId::of_node(props.get("node-name")?.as_str()?).map(|(_, generation)| generation)
+            }
+            _ => None,
+        });
+        if let Some(highest) = nodes.max() {
+            let entry = self.generations.entry(placed.id.clone()).or_default();
+            *entry = highest.max(*entry);
+        }
+    }
+}
+
+impl Placed {
+    /// A disk's target label.
+    pub fn label(&self) -> Option<&Label> {
+        match &self.config {
+            DeviceConfig::Disk(disk) => disk.target.as_ref(),
+            _ => None,
+        }
+    }
+
+    fn mac(&self) -> Option<Mac> {
+        match &self.config {
+            DeviceConfig::Nic(nic) => nic.mac,
+            _ => None,
+        }
+    }
+}
+
+fn free_id(prefix: &str, taken: impl Fn(&DeviceId) -> bool) -> DeviceId {
+    (0..).map(|n| DeviceId::numbered(prefix, n)).find(|id| !taken(id)).expect("numbers do not run out")
+}
+
+fn hot_pluggable(id: &DeviceId, config: &DeviceConfig) -> Result<(), Refusal> {
+    match config {
+        DeviceConfig::Serial(serial) if serial.kind() == SerialType::IsaSerial => {
+            Err(Refusal::NotHotPluggable { id: id.clone(), kind: "an isa-serial port" })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What can be said against a config by itself; gives the chain of a disk's image.
+fn check(
+    id: &DeviceId,
+    config: &DeviceConfig,
+    shared_memory: bool,
+    host: &HostFacts,
+    qemu: &Capabilities,
+) -> Result<Vec<Layer>, Refusal> {
+    match config {
+        DeviceConfig::Disk(disk) => disk.check(id, qemu)?,
+        DeviceConfig::Nic(nic) => nic.check(id, shared_memory, qemu)?,
+        DeviceConfig::Channel(channel) => channel.check(id, &host.run_dir)?,
+        DeviceConfig::ScsiController(controller) => controller.check(id)?,
+        DeviceConfig::Serial(_) | DeviceConfig::VirtioSerial(_) | DeviceConfig::Iothread(_) => {}
+    }
+    for path in config.clone().paths_mut() {
+        let value = |rule: &str| {
+            Err(Refusal::Value {
+                id: id.clone(),
+                key: "path",
+                value: format!("{path:?}"),
+                rule: rule.to_owned(),
+            })
+        };
+        if !path.starts_with('/') {
+            return value("paths are absolute here: begin it with `/`");
+        }
+        if path.chars().any(char::is_control) {
+            return value(
+                "a path with control characters (a newline, say) cannot be shown or logged truthfully: rename the file",
+            );
+        }
+    }
+    match config.image() {
+        Some(path) => {
+            let chain = host.chains.get(path).filter(|chain| !chain.is_empty());
+            chain.cloned().ok_or_else(|| Refusal::UnknownImage { id: id.clone(), path: path.to_owned() })
+        }
+        None => Ok(Vec::new()),
+    }
+}
+
+fn seat(config: &DeviceConfig) -> Option<Seat> {
+    Some(match config {
+        DeviceConfig::Disk(disk) => disk.seat(),
+        DeviceConfig::Nic(nic) => Seat::Pci(nic.seat.clone()),
+        DeviceConfig::ScsiController(controller) => Seat::Pci(controller.seat.clone()),
+        DeviceConfig::VirtioSerial(controller) => Seat::Pci(controller.seat.clone()),
+        DeviceConfig::Serial(serial) => serial.seat(),
+        DeviceConfig::Channel(_) => Seat::SerialPort { console: false },
+        DeviceConfig::Iothread(_) => return None,
+    })
+}
+
+fn needs(vm: &str, id: &DeviceId, config: &DeviceConfig, chain: &[Layer], host: &HostFacts) -> Vec<HostNeed> {
+    match config {
+        DeviceConfig::Disk(disk) => disk.needs(chain),
+        DeviceConfig::Nic(nic) => nic.needs(vm, id),
+        DeviceConfig::Channel(channel) => channel.needs(id, &host.run_dir),
+        DeviceConfig::Serial(_)
+        | DeviceConfig::ScsiController(_)
+        | DeviceConfig::VirtioSerial(_)
+        | DeviceConfig::Iothread(_) => Vec::new(),
+    }
+}
+
+/// Whether this QEMU has every driver and property that a spec names.
+pub fn check_spec(spec: &DeviceSpec, qemu: &Capabilities) -> Result<(), Refusal> {
+    let missing = |kind, name: &str| {
+        let (id, version) = (spec.id.clone(), qemu.version.clone());
+        Err(Refusal::NotInQemu { id, kind, name: name.to_owned(), version })
+    };
+    for backend in &spec.backends {
+        let text = |props: &crate::spec::Props, key: &str| {
+            props.get(key).and_then(|v| v.as_str()).unwrap_or("").to_owned()
+        };
+        match backend {
+            Backend::Object(props) if !qemu.objects.contains(&text(props, "qom-type")) => {
+                return missing("object", &text(props, "qom-type"));
+            }
+            Backend::Blockdev(props) if !qemu.block_drivers.contains(&text(props, "driver")) => {
+                return missing("block driver", &text(props, "driver"));
+            }
+            _ => {}
+        }
+    }
+    let Some(frontend) = &spec.frontend else { return Ok(()) };
+    let driver = frontend.driver();
+    let Some(properties) = qemu.driver(driver) else { return missing("device", driver) };
+    match frontend.properties().find(|(name, _)| !properties.contains_key(*name)) {
+        Some((property, _)) => Err(Refusal::NoProperty {
+            id: spec.id.clone(),
+            driver: driver.to_owned(),
+            property: property.clone(),
+            version: qemu.version.clone(),
+        }),
+        None => Ok(()),
+    }
+}
+
+impl DiskBus {
+    /// Whether disks on it are LUNs.
+    pub fn is_scsi(self) -> bool {
+        self == DiskBus::VirtioScsi
+    }
+}

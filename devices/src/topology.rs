@@ -1,0 +1,497 @@
+//! Who sits where: the machine's root ports, bridges and controllers, and which device holds which address.
+//!
+//! qvirt keeps this table itself: the guest's own view lags (a bridge is empty until the guest has enumerated it). A seat whose
+//! device was asked to leave is still taken; only `release` frees it. Does not know what kinds of device there are.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::address::{Address, Function, PciSeat, ScsiAddress, Slot};
+use crate::id::DeviceId;
+use crate::pcie::{Bridge, RootPort};
+use crate::units::Size;
+
+/// Who holds a seat.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Occupant {
+    /// The device's id; of a foreign one, what QEMU calls it.
+    pub name: String,
+    /// How it holds it.
+    pub hold: Hold,
+}
+
+/// How a seat is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hold {
+    /// By a device of ours.
+    Present,
+    /// By a device of ours that was asked to leave.
+    Leaving,
+    /// By something that qvirt did not make.
+    Foreign,
+}
+
+/// A kind of seat with a wish, if there is one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Seat {
+    /// A PCI function; without a wish, a root port.
+    Pci(Option<PciSeat>),
+    /// A LUN on a virtio-scsi controller.
+    Scsi {
+        /// The controller's index; default: the first with a free target.
+        controller: Option<u8>,
+        /// Default: the first free one.
+        target: Option<u8>,
+        /// Default: 0.
+        unit: Option<u16>,
+    },
+    /// A port of a virtio-serial controller; consoles begin at 0, channels at 1.
+    SerialPort {
+        /// Whether it is a console.
+        console: bool,
+    },
+    /// An ISA serial port.
+    Isa,
+}
+
+/// Whether the machine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// Before the start: everything can be placed everywhere, and root ports grow on demand.
+    Cold,
+    /// In a running machine.
+    Hot,
+}
+
+/// Why no seat could be had.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum TopologyError {
+    /// Every root port is taken.
+    #[error(
+        "all {ports} root ports are taken: detach a device, or set a larger [pcie] root_ports and start the VM anew"
+    )]
+    NoFreePort {
+        /// How many there are.
+        ports: usize,
+    },
+    /// The machine cannot have more root ports.
+    #[error("no room for another root port: pcie.0 has 30 slots of eight")]
+    NoRoom,
+    /// The wish is taken.
+    #[error("seat {address} is taken by {occupant}: choose another, or none to get the first free one")]
+    Taken {
+        /// The wish.
+        address: Address,
+        /// Who holds it.
+        occupant: String,
+    },
+    /// The wish does not exist.
+    #[error("there is no seat {address}: `qvirt devices` lists the seats; known here: {known}")]
+    NoSuchSeat {
+        /// The wish.
+        address: String,
+        /// What there is.
+        known: String,
+    },
+    /// The root complex while the machine runs.
+    #[error(
+        "seat {address} cannot be plugged into while the VM runs: pcie.0 and conventional PCI buses take no hot-plug; use a root port, or --config"
+    )]
+    NotHot {
+        /// The wish.
+        address: Address,
+    },
+    /// A slot of the root complex that is not for devices.
+    #[error(
+        "slot {slot:#04x} of pcie.0 is not for devices: 0x00 to 0x02 are the system's, IDE and USB's, and the display's, 0x1f the chipset's; \
+             use 0x03 to 0x1e, or a root port"
+    )]
+    ReservedSlot {
+        /// The slot.
+        slot: u8,
+    },
+    /// The controller of the wish is not there.
+    #[error(
+        "there is no virtio-scsi controller {index}: leave the controller out to have one made, or write [[scsi_controller]]"
+    )]
+    NoController {
+        /// The wish.
+        index: u8,
+    },
+    /// All addresses of a kind are taken.
+    #[error("no free {kind} is left")]
+    Full {
+        /// `SCSI target`, `virtio-serial port`, `ISA serial port`.
+        kind: &'static str,
+    },
+}
+
+/// Free and taken seats of one kind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SeatCount {
+    /// `root-port`, `scsi-target CONTROLLER`, `virtio-serial CONTROLLER`, `isa-serial`.
+    pub kind: String,
+    /// Free seats.
+    pub free: usize,
+    /// All seats.
+    pub total: usize,
+}
+
+/// The table of seats of one machine.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Topology {
+    ports: Vec<RootPort>,
+    bridges: Vec<Bridge>,
+    /// Whether ports are added as cold devices need them; not when they were written out.
+    grows: bool,
+    pref64_reserve: Option<Size>,
+    scsi: BTreeMap<u8, DeviceId>,
+    serial: BTreeMap<u8, DeviceId>,
+    taken: BTreeMap<Address, Occupant>,
+}
+
+const DEVICE_SLOTS: RangeInclusive<u8> = 0x03..=0x1e;
+const PORT_SLOTS: RangeInclusive<u8> = 0x01..=0x1e;
+const TARGETS: usize = 256;
+/// `max_ports` of virtio-serial: 0 to 30 usable.
+const SERIAL_PORTS: u8 = 31;
+const ISA_PORTS: u8 = 4;
+
+impl Topology {
+    /// A machine whose root ports grow with its cold devices.
+    pub fn growing(pref64_reserve: Option<Size>) -> Topology {
+        Topology { grows: true, pref64_reserve, ..Topology::default() }
+    }
+
+    /// A machine whose controllers were written out and checked.
+    pub fn written_out(ports: Vec<RootPort>, bridges: Vec<Bridge>) -> Topology {
+        let mut topology = Topology { ports, ..Topology::default() };
+        for bridge in &bridges {
+            let occupant = Occupant { name: bridge.id.to_string(), hold: Hold::Present };
+            topology.taken.insert(Address::Pci(PciSeat::Port(bridge.seat.clone())), occupant);
+        }
+        topology.bridges = bridges;
+        topology
+    }
+
+    /// Adds spare ports, for hot-plug.
+    pub fn add_spare(&mut self, count: u16) -> Result<(), TopologyError> {
+        (0..count).try_for_each(|_| self.grow().map(drop))
+    }
+
+    /// Root ports in order.
+    pub fn ports(&self) -> &[RootPort] {
+        &self.ports
+    }
+
+    /// Bridges in order.
+    pub fn bridges(&self) -> &[Bridge] {
+        &self.bridges
+    }
+
+    /// Every taken seat.
+    pub fn taken(&self) -> &BTreeMap<Address, Occupant> {
+        &self.taken
+    }
+
+    /// Free root ports, in order.
+    pub fn free_ports(&self) -> impl Iterator<Item = &RootPort> {
+        self.ports
+            .iter()
+            .filter(|port| !self.taken.contains_key(&Address::Pci(PciSeat::Port(port.id.clone()))))
+    }
+
+    /// The id of a virtio-scsi controller.
+    pub fn scsi_controller(&self, index: u8) -> Option<&DeviceId> {
+        self.scsi.get(&index)
+    }
+
+    /// The id of a virtio-serial controller.
+    pub fn serial_controller(&self, index: u8) -> Option<&DeviceId> {
+        self.serial.get(&index)
+    }
+
+    /// Makes the LUNs of a new virtio-scsi controller known; gives its index, or `None` when there are 256.
+    pub fn add_scsi_controller(&mut self, id: &DeviceId) -> Option<u8> {
+        add_controller(&mut self.scsi, id)
+    }
+
+    /// Makes the ports of a new virtio-serial controller known; gives its index, or `None` when there are 256.
+    pub fn add_serial_controller(&mut self, id: &DeviceId) -> Option<u8> {
+        add_controller(&mut self.serial, id)
+    }
+
+    /// Takes a seat for a device: the one wished for, or the first free one.
+    pub fn claim(&mut self, id: &DeviceId, seat: &Seat, moment: Moment) -> Result<Address, TopologyError> {
+        let address = match seat {
+            Seat::Pci(Some(wish)) => self.wished_pci(wish, moment)?,
+            Seat::Pci(None) => self.any_port(moment)?,
+            Seat::Scsi { controller, target, unit } => {
+                Address::Scsi(self.lun(*controller, *target, *unit)?)
+            }
+            Seat::SerialPort { console } => self.serial_port(*console)?,
+            Seat::Isa => self.first_free((0..ISA_PORTS).map(Address::Isa), "ISA serial port")?,
+        };
+        self.take(address.clone(), Occupant { name: id.to_string(), hold: Hold::Present })?;
+        Ok(address)
+    }
+
+    /// Takes the very seat that a device is known to have: adoption.
+    pub fn take(&mut self, address: Address, occupant: Occupant) -> Result<(), TopologyError> {
+        match self.taken.get(&address) {
+            Some(held) if held.name != occupant.name => {
+                Err(TopologyError::Taken { address, occupant: held.name.clone() })
+            }
+            _ => {
+                self.taken.insert(address, occupant);
+                Ok(())
+            }
+        }
+    }
+
+    /// `device_del` was sent: the seat stays taken.
+    pub fn leaving(&mut self, id: &DeviceId) {
+        self.set_hold(id, Hold::Leaving);
+    }
+
+    /// The guest refused to let go: the device is present again.
+    pub fn stays(&mut self, id: &DeviceId) {
+        self.set_hold(id, Hold::Present);
+    }
+
+    fn set_hold(&mut self, id: &DeviceId, hold: Hold) {
+        self.taken
+            .values_mut()
+            .filter(|o| o.name == id.as_str() && o.hold != Hold::Foreign)
+            .for_each(|o| o.hold = hold);
+    }
+
+    /// The device is gone: its seat is free. A controller's own seats go with it.
+    pub fn release(&mut self, id: &DeviceId) {
+        self.taken.retain(|_, occupant| occupant.name != id.as_str() || occupant.hold == Hold::Foreign);
+        self.scsi.retain(|_, controller| controller != id);
+        self.serial.retain(|_, controller| controller != id);
+    }
+
+    /// Replaces what is known of foreign devices.
+    pub fn set_foreign(&mut self, seats: impl IntoIterator<Item = (Address, String)>) {
+        self.taken.retain(|_, occupant| occupant.hold != Hold::Foreign);
+        for (address, name) in seats {
+            self.taken.entry(address).or_insert(Occupant { name, hold: Hold::Foreign });
+        }
+    }
+
+    /// Devices that sit on a controller.
+    pub fn users_of(&self, controller: &DeviceId) -> Vec<&str> {
+        let on = |address: &Address| match address {
+            Address::Scsi(a) => self.scsi.get(&a.controller) == Some(controller),
+            Address::SerialPort { controller: index, .. } => self.serial.get(index) == Some(controller),
+            Address::Pci(PciSeat::Port(port) | PciSeat::Bridge(port, ..)) => port == controller,
+            Address::Pci(PciSeat::Root(..)) | Address::Isa(_) => false,
+        };
+        self.taken.iter().filter(|(address, _)| on(address)).map(|(_, o)| o.name.as_str()).collect()
+    }
+
+    /// How many seats of each kind are free.
+    pub fn counts(&self) -> Vec<SeatCount> {
+        let targets = |index: &u8| {
+            let held = self.taken.keys().filter_map(|a| match a {
+                Address::Scsi(a) if a.controller == *index => Some(a.target),
+                _ => None,
+            });
+            held.collect::<std::collections::BTreeSet<u8>>().len()
+        };
+        let ports = |index: &u8| {
+            self.taken
+                .keys()
+                .filter(|a| matches!(a, Address::SerialPort { controller, .. } if controller == index))
+                .count()
+        };
+        let count = |kind: String, taken: usize, total: usize| SeatCount {
+            kind,
+            free: total.saturating_sub(taken),
+            total,
+        };
+        let free = self.free_ports().count();
+        let mut counts = vec![count("root-port".into(), self.ports.len() - free, self.ports.len())];
+        counts
+            .extend(self.scsi.iter().map(|(i, id)| count(format!("scsi-target {id}"), targets(i), TARGETS)));
+        counts.extend(
+            self.serial
+                .iter()
+                .map(|(i, id)| count(format!("virtio-serial {id}"), ports(i), SERIAL_PORTS.into())),
+        );
+        counts
+    }
+
+    fn wished_pci(&mut self, wish: &PciSeat, moment: Moment) -> Result<Address, TopologyError> {
+        let address = Address::Pci(wish.clone());
+        match wish {
+            PciSeat::Port(port) => {
+                while self.grows && moment == Moment::Cold && !self.has_port(port) && self.could_grow_to(port)
+                {
+                    self.grow()?;
+                }
+                if !self.has_port(port) {
+                    return Err(self.no_such_seat(port.to_string()));
+                }
+            }
+            PciSeat::Root(..) | PciSeat::Bridge(..) if moment == Moment::Hot => {
+                return Err(TopologyError::NotHot { address });
+            }
+            PciSeat::Root(slot, _) if !DEVICE_SLOTS.contains(&slot.0) => {
+                return Err(TopologyError::ReservedSlot { slot: slot.0 });
+            }
+            PciSeat::Root(slot, _) => {
+                if let Some(port) = self.ports.iter().find(|p| p.slot == *slot) {
+                    return Err(TopologyError::Taken { address, occupant: format!("root port {}", port.id) });
+                }
+            }
+            // Slot 0 of the bridge's bus is its own hot-plug controller's.
+            PciSeat::Bridge(bridge, slot, _) => {
+                if slot.0 == 0 || self.bridges.iter().all(|b| b.id != *bridge) {
+                    return Err(self.no_such_seat(wish.to_string()));
+                }
+            }
+        }
+        Ok(address)
+    }
+
+    fn any_port(&mut self, moment: Moment) -> Result<Address, TopologyError> {
+        if let Some(port) = self.free_ports().next() {
+            return Ok(Address::Pci(PciSeat::Port(port.id.clone())));
+        }
+        if self.grows && moment == Moment::Cold {
+            return self.grow().map(|id| Address::Pci(PciSeat::Port(id)));
+        }
+        Err(TopologyError::NoFreePort { ports: self.ports.len() })
+    }
+
+    fn has_port(&self, id: &DeviceId) -> bool {
+        self.ports.iter().any(|port| port.id == *id)
+    }
+
+    /// Whether `id` is a name that a port to come will have.
+    fn could_grow_to(&self, id: &DeviceId) -> bool {
+        let number = id.as_str().strip_prefix("rp").and_then(|n| n.parse::<usize>().ok());
+        number.is_some_and(|n| n > self.ports.len() && n <= 30 * 8)
+    }
+
+    fn no_such_seat(&self, address: String) -> TopologyError {
+        let buses = self
+            .ports
+            .iter()
+            .map(|p| p.id.to_string())
+            .chain(self.bridges.iter().map(|b| format!("{}:SLOT.0", b.id)));
+        let known: Vec<String> = buses.collect();
+        TopologyError::NoSuchSeat {
+            address,
+            known: if known.is_empty() { "none".into() } else { known.join(", ") },
+        }
+    }
+
+    /// Adds the next port by the convention, in the first slot that no device was put into.
+    fn grow(&mut self) -> Result<DeviceId, TopologyError> {
+        let chassis = u8::try_from(self.ports.len() + 1).map_err(|_| TopologyError::NoRoom)?;
+        let next = match self.ports.last() {
+            Some(last) if last.function.0 < 7 => Some((last.slot, Function(last.function.0 + 1))),
+            last => {
+                let after = last.map_or(*PORT_SLOTS.start(), |l| l.slot.0 + 1);
+                let device_in = |slot: u8| {
+                    self.taken.keys().any(|a| matches!(a, Address::Pci(PciSeat::Root(s, _)) if s.0 == slot))
+                };
+                (after..=*PORT_SLOTS.end())
+                    .find(|slot| !device_in(*slot))
+                    .map(|slot| (Slot(slot), Function(0)))
+            }
+        };
+        let (slot, function) = next.ok_or(TopologyError::NoRoom)?;
+        let id = DeviceId::numbered("rp", chassis.into());
+        let port = slot.0 << 3 | function.0;
+        self.ports.push(RootPort {
+            id: id.clone(),
+            chassis,
+            port,
+            slot,
+            function,
+            pref64_reserve: self.pref64_reserve,
+        });
+        Ok(id)
+    }
+
+    fn lun(
+        &self,
+        controller: Option<u8>,
+        target: Option<u8>,
+        unit: Option<u16>,
+    ) -> Result<ScsiAddress, TopologyError> {
+        let controllers: Vec<u8> = match controller {
+            Some(index) if self.scsi.contains_key(&index) => vec![index],
+            Some(index) => return Err(TopologyError::NoController { index }),
+            None => self.scsi.keys().copied().collect(),
+        };
+        let free = |a: &ScsiAddress| !self.taken.contains_key(&Address::Scsi(*a));
+        let unused = |c: u8, t: u8| {
+            !self.taken.keys().any(|a| matches!(a, Address::Scsi(a) if a.controller == c && a.target == t))
+        };
+        for controller in controllers.iter().copied() {
+            let found = match (target, unit) {
+                (Some(target), Some(unit)) => {
+                    let wish = ScsiAddress { controller, target, unit };
+                    self.is_free(&Address::Scsi(wish))?;
+                    Some(wish)
+                }
+                (Some(target), None) => {
+                    (0..ScsiAddress::UNITS).map(|unit| ScsiAddress { controller, target, unit }).find(free)
+                }
+                (None, unit) => {
+                    let target = (0..=u8::MAX).find(|target| unused(controller, *target));
+                    target.map(|target| ScsiAddress { controller, target, unit: unit.unwrap_or(0) })
+                }
+            };
+            if let Some(address) = found {
+                return Ok(address);
+            }
+        }
+        Err(TopologyError::Full { kind: "SCSI target" })
+    }
+
+    /// Whether a LUN without a wish for a controller would find one.
+    pub fn has_free_target(&self) -> bool {
+        self.lun(None, None, None).is_ok()
+    }
+
+    fn serial_port(&self, console: bool) -> Result<Address, TopologyError> {
+        let first = u8::from(!console);
+        let ports = self
+            .serial
+            .keys()
+            .flat_map(|c| (first..SERIAL_PORTS).map(|nr| Address::SerialPort { controller: *c, nr }));
+        self.first_free(ports, "virtio-serial port")
+    }
+
+    fn first_free(
+        &self,
+        mut candidates: impl Iterator<Item = Address>,
+        kind: &'static str,
+    ) -> Result<Address, TopologyError> {
+        candidates.find(|a| !self.taken.contains_key(a)).ok_or(TopologyError::Full { kind })
+    }
+
+    fn is_free(&self, address: &Address) -> Result<(), TopologyError> {
+        match self.taken.get(address) {
+            Some(held) => Err(TopologyError::Taken { address: address.clone(), occupant: held.name.clone() }),
+            None => Ok(()),
+        }
+    }
+}
+
+fn add_controller(controllers: &mut BTreeMap<u8, DeviceId>, id: &DeviceId) -> Option<u8> {
+    let index = (0..=u8::MAX).find(|index| !controllers.contains_key(index))?;
+    controllers.insert(index, id.clone());
+    Some(index)
+}
