@@ -253,6 +253,26 @@ impl Machine {
         self.memory.shared
     }
 
+    /// Words that every command line begins with: nothing that was not asked for, stopped until told to go, little allowed.
+    pub fn prelude() -> Vec<String> {
+        const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+        let words = ["-nodefaults", "-no-user-config", "-S", "-display", "none", "-sandbox", SANDBOX];
+        words.map(str::to_owned).to_vec()
+    }
+
+    /// Words for a QMP monitor on a listening socket that QEMU inherits as descriptor `fd`. A dot, so that no device's id can be the same.
+    pub fn monitor(name: &str, fd: &str) -> Vec<String> {
+        let chardev = format!("socket,id={name}.0,fd={fd},server=on,wait=off");
+        let monitor = format!("chardev={name}.0,mode=control");
+        vec!["-chardev".to_owned(), chardev, "-mon".to_owned(), monitor]
+    }
+
+    /// Images that it opens: path, and whether it writes.
+    pub fn images(&self) -> Vec<(String, bool)> {
+        let images = self.firmware.iter().flat_map(Firmware::images);
+        images.map(|(_, path, read_only)| (path.to_owned(), !read_only)).collect()
+    }
+
     /// The command line's words for it.
     pub fn argv(&self, qemu: &Capabilities) -> Vec<String> {
         let mut words: Vec<String> = Vec::new();

@@ -1,0 +1,48 @@
+# What a developer runs; `make` alone lists it. Everything is made under target/, which is never committed.
+
+# Boots per soak test, and guests at once: each takes a core without KVM.
+ROUNDS ?= 200
+THREADS ?= 2
+
+export CARGO_TERM_COLOR ?= auto
+# What fails says where without drowning the guest's own words.
+export RUST_BACKTRACE ?= 0
+
+.PHONY: help images build release test demo bench lint record soak clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+images: ## QEMU 7.2 and 10.0, the guest and the Python client, under target/images (cached)
+	@integration-images/setup
+
+build: ## every crate, unoptimised
+	cargo build --workspace
+
+release: ## the qvirt program as it is shipped
+	cargo build --release -p launcher
+
+test: images build ## all tests, real QEMU and guest included; the guests' inventories stand in the output
+	cargo test --workspace -- --test-threads=$(THREADS) --show-output
+
+demo: images release ## the main job, told step by step
+	@examples/demo
+
+bench: images release ## the ratios that the goals name
+	cargo bench -p tests
+
+lint: ## format, clippy and documentation, warnings being errors
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
+	bash -n integration-images/setup && bash -n .ci/run
+	sh -n integration-images/guest/init && sh -n integration-images/guest/inventory && sh -n integration-images/guest/hotplug
+
+record: images ## tests/recorded/ anew, from the QEMUs under target/images
+	@integration-images/record-schemas
+
+soak: images build ## the tests named soak, each with QVIRT_ROUNDS=$(ROUNDS) rounds
+	QVIRT_ROUNDS=$(ROUNDS) cargo test --workspace -- --test-threads=$(THREADS) --show-output soak
+
+clean: ## all of target/, images too
+	cargo clean

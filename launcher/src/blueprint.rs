@@ -1,0 +1,200 @@
+//! From a config to a machine that this QEMU and this host can have: probe, look at the images, plan the seats, print the command line.
+//!
+//! Changes nothing on the host but the cache of what QEMU can do. `check` stops here; `launch` goes on.
+
+use std::path::PathBuf;
+
+use devices::capabilities::Capabilities;
+use devices::host::HostFacts;
+use devices::layout::{check_spec, plan_machine};
+use devices::machine::{Machine, MachineError, versioned};
+use devices::pcie::{RootPort, written_out};
+use devices::spec::Numbers;
+use devices::topology::Topology;
+use devices::{DeviceConfig, Layout};
+use thiserror::Error;
+
+use crate::accel::{self, Accel, AccelError};
+use crate::config::{ConfigError, VmConfig};
+use crate::folders::{Folders, FoldersError, VmFiles};
+use crate::image::{self, ImageError};
+use crate::probe::{ProbeError, probe};
+use crate::process::{SpawnError, find_binary};
+
+/// A machine that cannot be had.
+#[derive(Debug, Error)]
+pub enum BlueprintError {
+    /// The config, at one of its lines.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The machine around the devices.
+    #[error("config {}: {source}", path.display())]
+    Machine {
+        /// The config.
+        path: PathBuf,
+        /// What is wrong.
+        source: MachineError,
+    },
+    /// The accelerator.
+    #[error("config {}: {source}", path.display())]
+    Accel {
+        /// The config.
+        path: PathBuf,
+        /// What is wrong.
+        source: AccelError,
+    },
+    /// Folders and socket paths.
+    #[error(transparent)]
+    Folders(#[from] FoldersError),
+    /// QEMU could not be asked.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
+    /// QEMU is missing.
+    #[error(transparent)]
+    Binary(#[from] SpawnError),
+}
+
+/// A machine, planned down to every seat.
+#[derive(Debug)]
+pub struct Blueprint {
+    /// What was asked for.
+    pub config: VmConfig,
+    /// Absolute path of QEMU.
+    pub binary: PathBuf,
+    /// What that QEMU can do.
+    pub qemu: Capabilities,
+    /// The machine around the devices.
+    pub machine: Machine,
+    /// The devices and their seats.
+    pub layout: Layout,
+    /// The accelerator that was picked, and why.
+    pub accel_reason: String,
+}
+
+impl Blueprint {
+    /// Plans a VM. Errors: the first thing that speaks against it, at its line.
+    pub async fn draw(config: VmConfig, folders: &Folders) -> Result<Blueprint, BlueprintError> {
+        let files = folders.vm(&config.name)?;
+        let binary = find_binary(&config.qemu)?;
+        let qemu = probe(&binary, &folders.cache).await?;
+        Blueprint::draw_for(config, binary, qemu, &accel::HostFacts::read(), &files)
+    }
+
+    /// Plans a VM for a QEMU and a host that are known already.
+    pub fn draw_for(config: VmConfig, binary: PathBuf, qemu: Capabilities, host: &accel::HostFacts, files: &VmFiles) -> Result<Blueprint, BlueprintError> {
+        let (accel, accel_reason) = accel::choose(config.accel, host)
+            .map_err(|source| BlueprintError::Accel { path: config.path.clone(), source })?;
+        let machine = machine(&config, accel, &qemu);
+        let machine = machine.map_err(|source| BlueprintError::Machine { path: config.path.clone(), source })?;
+        let facts = facts_of(&config, files)?;
+        let layout = layout(&config, machine.shares_memory(), &facts, &qemu)?;
+        Ok(Blueprint { config, binary, qemu, machine, layout, accel_reason })
+    }
+
+    /// The command line without the program's name. `monitors` are the descriptors of the two QMP listeners, as words.
+    pub fn argv(&self, monitors: [&str; 2], numbers: &Numbers) -> Vec<String> {
+        let mut words = Machine::prelude();
+        words.extend(self.machine.argv(&self.qemu));
+        words.extend(Machine::monitor("qmp", monitors[0]));
+        words.extend(Machine::monitor("rescue", monitors[1]));
+        for spec in self.layout.controllers() {
+            words.extend(spec.argv(&self.qemu, numbers));
+        }
+        for device in self.layout.devices() {
+            words.extend(device.spec.argv(&self.qemu, numbers));
+        }
+        words
+    }
+}
+
+/// What planning needs to know of the host about one device.
+pub fn facts(device: &DeviceConfig, files: &VmFiles) -> Result<HostFacts, ImageError> {
+    let mut facts = HostFacts { run_dir: files.dir().to_string_lossy().into_owned(), ..HostFacts::default() };
+    add_facts(&mut facts, device)?;
+    Ok(facts)
+}
+
+fn add_facts(facts: &mut HostFacts, device: &DeviceConfig) -> Result<(), ImageError> {
+    if let DeviceConfig::Disk(disk) = device
+        && let Some(path) = &disk.path
+        && path.starts_with('/')
+        && !path.chars().any(char::is_control)
+    {
+        facts.chains.insert(path.clone(), image::chain(path, disk.format)?);
+    }
+    Ok(())
+}
+
+fn facts_of(config: &VmConfig, files: &VmFiles) -> Result<HostFacts, ConfigError> {
+    let mut facts = HostFacts { run_dir: files.dir().to_string_lossy().into_owned(), ..HostFacts::default() };
+    for (index, device) in config.devices.iter().enumerate() {
+        add_facts(&mut facts, device).map_err(|error| config.at_device(index, error))?;
+    }
+    for path in config.firmware.iter().flat_map(|f| [Some(&f.code), f.vars.as_ref()]).flatten() {
+        image::chain(path, Some(devices::host::Format::Raw)).map_err(|error| config.at_top(format!("firmware: {error}")))?;
+    }
+    for path in config.kernel.iter().flat_map(|k| [Some(&k.path), k.initrd.as_ref()]).flatten() {
+        std::fs::File::open(path).map_err(|error| config.at_top(format!("kernel file {path}: {error}")))?;
+    }
+    Ok(facts)
+}
+
+fn machine(config: &VmConfig, accel: Accel, qemu: &Capabilities) -> Result<Machine, MachineError> {
+    let cpu = if accel == Accel::Kvm { "host" } else { "max" };
+    let machine = Machine {
+        name: config.name.to_string(),
+        uuid: config.uuid.clone().unwrap_or_else(|| derived_uuid(config.name.as_str())),
+        machine: versioned(&config.machine, qemu)?,
+        accel: accel.to_string(),
+        cpu: config.cpu.clone().unwrap_or_else(|| cpu.to_owned()),
+        vcpus: config.vcpus,
+        memory: config.memory.clone(),
+        firmware: config.firmware.clone(),
+        kernel: config.kernel.clone(),
+    };
+    machine.check()?;
+    Ok(machine)
+}
+
+fn layout(config: &VmConfig, shared_memory: bool, facts: &HostFacts, qemu: &Capabilities) -> Result<Layout, ConfigError> {
+    let reserve = config.pcie.pref64_reserve;
+    let topology = if config.controllers.is_empty() {
+        Topology::growing(reserve)
+    } else {
+        let (ports, bridges) =
+            written_out(&config.controllers, reserve).map_err(|(index, rule)| config.at_controller(index, rule))?;
+        Topology::written_out(ports, bridges)
+    };
+    let empty = Layout::new(config.name.as_str(), shared_memory, topology);
+    let mut layout = plan_machine(empty, &config.devices, facts, qemu)
+        .map_err(|(index, refusal)| config.at_device(index, refusal))?;
+    if config.controllers.is_empty() {
+        let spare = config.pcie.root_ports.unwrap_or(RootPort::DEFAULT_SPARE);
+        layout.topology_mut().add_spare(spare).map_err(|error| config.at_top(format!("[pcie] root_ports = {spare}: {error}")))?;
+    }
+    for spec in layout.controllers() {
+        check_spec(&spec, qemu).map_err(|refusal| config.at_top(refusal))?;
+    }
+    Ok(layout)
+}
+
+/// The UUID of a VM that was given none: the same on this host for the same name, and another on every other host.
+fn derived_uuid(name: &str) -> String {
+    let host = std::fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    let half = |salt: u8| {
+        let bytes = [salt].into_iter().chain(host.trim().bytes()).chain([0]).chain(name.bytes());
+        bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    };
+    let (high, low) = (half(1), half(2));
+    // Version 8 (a scheme of one's own), variant 10, as RFC 9562 has it.
+    let high = high & !0xf000 | 0x8000;
+    let low = low & !(0b11 << 62) | 0b10 << 62;
+    format!(
+        "{:08x}-{:04x}-{:04x}-{:04x}-{:012x}",
+        high >> 32,
+        high >> 16 & 0xffff,
+        high & 0xffff,
+        low >> 48,
+        low & 0xffff_ffff_ffff
+    )
+}

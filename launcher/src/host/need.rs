@@ -1,0 +1,172 @@
+//! Meeting what devices need of the host, and giving it back: leases of images, taps and their switches, vhost nodes, socket files.
+//!
+//! The journal has the device with all its needs before the first of them is met, so [`Host::give_back`] may be called for a need that
+//! was never met: it looks at the world first and undoes only what is there and ours.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use devices::host::{Access, HostNeed, Switch};
+use devices::{DeviceId, Placed};
+use thiserror::Error;
+
+use super::link::{self, BadLinkName, LinkError, LinkName};
+use super::ovs::{NewPort, Ovs, OvsError};
+use super::tap::{self, Create, TapError};
+use super::vhost::{VhostError, open_vhost_net};
+use crate::folders::VmName;
+use crate::lease::{Holder, LeaseError, LeaseKey, Leases, Mode, look};
+
+/// A need that cannot be met, or not be given back.
+#[derive(Debug, Error)]
+pub enum NeedError {
+    /// The image cannot be looked at.
+    #[error("image {}", path.display())]
+    Image {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Somebody else has it.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
+    /// The tap.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// An interface name.
+    #[error(transparent)]
+    Name(#[from] BadLinkName),
+    /// The interface.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The Open vSwitch bridge.
+    #[error(transparent)]
+    Ovs(#[from] OvsError),
+    /// vhost-net.
+    #[error(transparent)]
+    Vhost(#[from] VhostError),
+    /// Something that is no socket lies where QEMU would make one, and QEMU would remove it.
+    #[error("{} exists and is no socket: move it away, or give the channel another `path`", path.display())]
+    NoSocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A socket file that cannot be removed.
+    #[error("socket {}", path.display())]
+    Socket {
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// A descriptor with the name under which QEMU gets to know it.
+pub type Named = (String, OwnedFd);
+
+/// The host, on behalf of one VM.
+#[derive(Debug)]
+pub struct Host {
+    /// The VM.
+    pub vm: VmName,
+    /// Its runtime folder.
+    pub run_dir: PathBuf,
+    /// Leases of the whole host.
+    pub leases: Leases,
+}
+
+impl Host {
+    /// Meets one need of a device; gives the descriptors that QEMU is to have.
+    pub fn meet(&self, id: &DeviceId, need: &HostNeed) -> Result<Vec<Named>, NeedError> {
+        match need {
+            HostNeed::Image { path, access } => self.lease(id, path, *access).map(|()| Vec::new()),
+            HostNeed::Tap { name, descriptors, switch } => self.plug(name, descriptors, switch.as_ref()),
+            HostNeed::VhostNet { descriptors } => {
+                let opened = open_vhost_net(u16::try_from(descriptors.len()).unwrap_or(u16::MAX))?;
+                Ok(descriptors.iter().cloned().zip(opened).collect())
+            }
+            HostNeed::Socket { path } => socket_is_free(Path::new(path)).map(|()| Vec::new()),
+        }
+    }
+
+    /// Undoes what [`Host::meet`] did, as far as it was done.
+    pub fn give_back(&self, id: &DeviceId, need: &HostNeed) -> Result<(), NeedError> {
+        match need {
+            HostNeed::Image { path, .. } => match LeaseKey::image(Path::new(path)) {
+                Ok(key) => Ok(self.leases.release(&key, &self.vm, id.as_str())?),
+                // The image is gone, so its identity cannot be had; the lease ends with the VM.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                Err(source) => Err(NeedError::Image { path: path.into(), source }),
+            },
+            HostNeed::Tap { name, switch: Some(switch), .. } if switch.openvswitch => {
+                Ovs::default().del_port(&name.parse()?, self.vm.as_str())?;
+                Ok(())
+            }
+            // A tap that was made goes with its last descriptor; one that was there before stays as the user made it.
+            HostNeed::Tap { .. } | HostNeed::VhostNet { .. } => Ok(()),
+            HostNeed::Socket { path } => remove_socket(Path::new(path)),
+        }
+    }
+
+    /// Gives everything back, the last first; goes on after an error and returns the first.
+    pub fn give_all_back(&self, device: &Placed) -> Result<(), NeedError> {
+        let outcomes: Vec<_> = device.needs.iter().rev().map(|need| self.give_back(&device.id, need)).collect();
+        outcomes.into_iter().collect()
+    }
+
+    /// Leases an image for something that is no device: firmware.
+    pub fn lease(&self, id: &DeviceId, path: &str, access: Access) -> Result<(), NeedError> {
+        let key = LeaseKey::image(Path::new(path));
+        let key = key.map_err(|source| NeedError::Image { path: path.into(), source })?;
+        let mode = if access == Access::Write { Mode::Exclusive } else { Mode::Shared };
+        let holder = Holder::new(&self.vm, &self.run_dir, id.as_str(), path);
+        Ok(self.leases.acquire(&key, mode, holder, look)?)
+    }
+
+    fn plug(&self, name: &str, descriptors: &[String], switch: Option<&Switch>) -> Result<Vec<Named>, NeedError> {
+        let name: LinkName = name.parse()?;
+        if let Some(switch) = switch.filter(|switch| !switch.openvswitch) {
+            link::bridge(&switch.bridge)?;
+        }
+        let queues = u16::try_from(descriptors.len()).unwrap_or(u16::MAX);
+        let tap = tap::open(&name, queues, Create::IfMissing)?;
+        if let Some(switch) = switch {
+            self.join(&name, tap.ifindex, switch)?;
+        }
+        // A tap that the user made is up or down as the user wants it.
+        if tap.created || switch.is_some() {
+            link::set_up(tap.ifindex)?;
+        }
+        Ok(descriptors.iter().cloned().zip(tap.fds).collect())
+    }
+
+    fn join(&self, name: &LinkName, ifindex: u32, switch: &Switch) -> Result<(), NeedError> {
+        if switch.openvswitch {
+            let bridge: LinkName = switch.bridge.parse()?;
+            let new = NewPort { bridge: &bridge, port: name, tag: switch.vlan, vm: self.vm.as_str(), external_ids: &[] };
+            return Ok(Ovs::default().add_port(&new)?);
+        }
+        let bridge = link::bridge(&switch.bridge)?;
+        link::set_mtu(ifindex, bridge.mtu)?;
+        Ok(link::set_master(ifindex, &switch.bridge)?)
+    }
+}
+
+fn socket_is_free(path: &Path) -> Result<(), NeedError> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => Err(NeedError::NoSocket { path: path.to_owned() }),
+        _ => Ok(()),
+    }
+}
+
+fn remove_socket(path: &Path) -> Result<(), NeedError> {
+    socket_is_free(path)?;
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(NeedError::Socket { path: path.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
