@@ -171,13 +171,20 @@ impl Capabilities {
         self.driver(driver).is_some_and(|p| p.contains_key(property))
     }
 
-    /// Whether a JSON value is of the type that this QEMU names for a property. QEMU 9.2 and later refuse a wrong one.
+    /// Whether a JSON value is of the type that this QEMU names for a property, and in its range. QEMU 9.2 and later refuse a wrong one.
     pub fn accepts(&self, driver: &str, property: &str, value: &Value) -> bool {
+        let below = |bits: u32| value.as_u64().is_some_and(|number| number.checked_shr(bits).unwrap_or(0) == 0);
         match self.driver(driver).and_then(|properties| properties.get(property)).map(String::as_str) {
             None => false,
+            // Before 9.x a PCI address was called an int32, and yet was a text such as "04.0".
+            Some("int32") if property == "addr" => value.is_string(),
             Some("bool") => value.is_boolean(),
-            Some("uint8" | "uint16" | "uint32" | "uint64" | "size") => value.is_u64(),
-            Some("int32" | "int64" | "int") => value.is_i64() || value.is_u64(),
+            Some("uint8") => below(8),
+            Some("uint16") => below(16),
+            Some("uint32") => below(32),
+            Some("uint64" | "size") => below(64),
+            Some("int32") => value.as_i64().is_some_and(|number| i32::try_from(number).is_ok()),
+            Some("int64" | "int") => value.is_i64() || value.is_u64(),
             Some(_) => value.is_string(),
         }
     }

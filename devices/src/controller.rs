@@ -51,7 +51,7 @@ impl ScsiControllerConfig {
     pub(crate) fn check(&self, id: &DeviceId) -> Result<(), Refusal> {
         match self.queues.filter(|q| !(1..=1024).contains(q)) {
             Some(queues) => {
-                let (value, rule) = (queues.to_string(), "1 to 1024".to_owned());
+                let (value, rule) = (queues.to_string(), "write 1 to 1024".to_owned());
                 Err(Refusal::Value { id: id.clone(), key: "queues", value, rule })
             }
             None => Ok(()),

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::address::PciSeat;
 use crate::controller::{IothreadConfig, ScsiControllerConfig, VirtioSerialConfig};
 use crate::disk::DiskConfig;
 use crate::id::DeviceId;
@@ -71,7 +72,8 @@ impl DeviceConfig {
         each!(self, config => config.id.as_ref())
     }
 
-    pub(crate) fn set_id(&mut self, id: DeviceId) {
+    /// Gives it an id.
+    pub fn set_id(&mut self, id: DeviceId) {
         each!(self, config => config.id = Some(id));
     }
 
@@ -106,14 +108,23 @@ impl DeviceConfig {
         }
     }
 
-    /// Whether it asks for a seat by name: such devices choose before the others.
-    pub(crate) fn wishes(&self) -> bool {
+    /// When it chooses its seat, among the devices of a machine that is planned as a whole. Whoever asks for a PCI seat by name comes
+    /// before those that take any; a LUN comes after the controllers, and one that is asked for before the others.
+    pub(crate) fn turn(&self) -> usize {
+        let pci = |seat: &Option<PciSeat>, controller: bool| match (seat, controller) {
+            (Some(_), true) => 1,
+            (Some(_), false) => 2,
+            (None, true) => 3,
+            (None, false) => 5,
+        };
         match self {
-            DeviceConfig::Disk(disk) => disk.seat.is_some() || disk.scsi.is_some(),
-            DeviceConfig::Nic(nic) => nic.seat.is_some(),
-            DeviceConfig::ScsiController(controller) => controller.seat.is_some(),
-            DeviceConfig::VirtioSerial(controller) => controller.seat.is_some(),
-            DeviceConfig::Iothread(_) | DeviceConfig::Serial(_) | DeviceConfig::Channel(_) => false,
+            DeviceConfig::Iothread(_) => 0,
+            DeviceConfig::ScsiController(controller) => pci(&controller.seat, true),
+            DeviceConfig::VirtioSerial(controller) => pci(&controller.seat, true),
+            DeviceConfig::Disk(disk) if disk.scsi.is_some() => 4,
+            DeviceConfig::Disk(disk) => pci(&disk.seat, false),
+            DeviceConfig::Nic(nic) => pci(&nic.seat, false),
+            DeviceConfig::Serial(_) | DeviceConfig::Channel(_) => 5,
         }
     }
 
@@ -122,6 +133,20 @@ impl DeviceConfig {
         match self {
             DeviceConfig::Disk(disk) => disk.path.as_deref(),
             _ => None,
+        }
+    }
+
+    /// What is behind it on the host, for people: an image, a bridge, a socket.
+    pub fn backing(&self) -> Option<String> {
+        match self {
+            DeviceConfig::Disk(disk) => disk.path.clone(),
+            DeviceConfig::Nic(nic) if nic.user => Some("user".to_owned()),
+            DeviceConfig::Nic(nic) => nic.bridge.clone().or_else(|| nic.tap.clone()).or_else(|| nic.vhost_user.clone()),
+            DeviceConfig::Channel(channel) => channel.path.clone(),
+            DeviceConfig::Serial(_)
+            | DeviceConfig::Iothread(_)
+            | DeviceConfig::ScsiController(_)
+            | DeviceConfig::VirtioSerial(_) => None,
         }
     }
 

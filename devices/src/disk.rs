@@ -304,12 +304,12 @@ impl DiskConfig {
                 return value(
                     key,
                     format!("{text:?}"),
-                    &format!("1 to {longest} printable ASCII characters on this bus"),
+                    &format!("write 1 to {longest} printable ASCII characters on this bus"),
                 );
             }
         }
         if let Some(queues) = self.queues.filter(|q| !(1..=1024).contains(q)) {
-            return value("queues", queues.to_string(), "1 to 1024");
+            return value("queues", queues.to_string(), "write 1 to 1024");
         }
         let wish = self.scsi.unwrap_or_default();
         if let Some(bus) = wish.bus.filter(|b| *b != 0) {

@@ -3,7 +3,7 @@
 //! A [`Layout`] is a value. [`plan`] works on a copy and gives back the copy, so a refused device leaves no trace; whoever executes
 //! the plan keeps the new layout, and calls [`Layout::remove`] if it could not be carried out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +29,9 @@ pub struct Placed {
     pub config: DeviceConfig,
     /// Its seat; an iothread has none.
     pub address: Option<Address>,
+    /// Of a controller: its number among those of its kind, by which addresses on it name it.
+    #[serde(default)]
+    pub index: Option<u8>,
     /// The QEMU objects.
     pub spec: DeviceSpec,
     /// What it needs of the host.
@@ -55,6 +58,9 @@ pub struct Layout {
     devices: Vec<Placed>,
     /// The last generation that each id used; it outlives the device.
     generations: BTreeMap<DeviceId, Generation>,
+    /// Ids of devices that are still to be placed; what is made on demand must not take them.
+    #[serde(skip)]
+    reserved: BTreeSet<DeviceId>,
 }
 
 /// Plans one device. Errors: the first thing that speaks against it.
@@ -78,16 +84,24 @@ pub fn plan_machine(
     host: &HostFacts,
     qemu: &Capabilities,
 ) -> Result<Layout, (usize, Refusal)> {
-    let configs = layout.named(configs)?;
+    let configs = layout.labelled(layout.named(configs)?)?;
+    for config in &configs {
+        // Before any of them chooses a seat, so that addresses count the controllers as the file does.
+        if let Some(id) = config.id() {
+            layout.add_controller(id, config).map_err(|refusal| (0, refusal))?;
+        }
+    }
+    layout.reserved = configs.iter().filter_map(DeviceConfig::id).cloned().collect();
     let mut order: Vec<usize> = (0..configs.len()).collect();
-    order.sort_by_key(|i| (configs[*i].rank().min(3), !configs[*i].wishes()));
+    order.sort_by_key(|i| configs[*i].turn());
     for index in order {
         layout
             .place(configs[index].clone(), host, qemu, Moment::Cold, false)
             .map_err(|refusal| (index, refusal))?;
     }
-    let position = |placed: &Placed| configs.iter().position(|c| c.id() == Some(&placed.id)).unwrap_or(0);
+    let position = |placed: &Placed| configs.iter().position(|c| c.id() == Some(&placed.id)).unwrap_or(usize::MAX);
     layout.devices.sort_by_key(|placed| (placed.config.rank(), position(placed)));
+    layout.reserved.clear();
     Ok(layout)
 }
 
@@ -133,6 +147,20 @@ impl Layout {
         self.topology.release(id);
     }
 
+    /// The machine without its devices, to put back those that the journal knows.
+    pub fn bare(&self) -> Layout {
+        let mut bare = self.clone();
+        for device in &self.devices {
+            bare.remove(&device.id);
+        }
+        bare
+    }
+
+    /// Remembers the generations of a device that came and went.
+    pub fn remember(&mut self, gone: &Placed) {
+        self.note_generation(gone);
+    }
+
     /// Puts a device back that is known from the journal: adoption.
     pub fn restore(&mut self, placed: Placed) -> Result<(), Refusal> {
         if let Some(address) = placed.address.clone() {
@@ -143,10 +171,11 @@ impl Layout {
             let taken = self.topology.take(address, occupant);
             taken.map_err(|source| Refusal::Seat { id: placed.id.clone(), source })?;
         }
-        match &placed.config {
-            DeviceConfig::ScsiController(_) => drop(self.topology.add_scsi_controller(&placed.id)),
-            DeviceConfig::VirtioSerial(_) => drop(self.topology.add_serial_controller(&placed.id)),
-            _ => {}
+        if let Some(index) = placed.index {
+            match &placed.config {
+                DeviceConfig::ScsiController(_) => self.topology.set_scsi_controller(index, &placed.id),
+                _ => self.topology.set_serial_controller(index, &placed.id),
+            }
         }
         self.note_generation(&placed);
         self.devices.push(placed);
@@ -193,6 +222,7 @@ impl Layout {
         let buses =
             self.topology.ports().iter().map(|p| &p.id).chain(self.topology.bridges().iter().map(|b| &b.id));
         self.devices.iter().map(|d| &d.id).chain(buses).any(|known| known == id)
+            || self.topology.could_grow_to(id)
     }
 
     fn place(
@@ -220,11 +250,11 @@ impl Layout {
         }
         let claimed = seat.map(|seat| self.topology.claim(&id, &seat, moment)).transpose();
         let address = claimed.map_err(|source| Refusal::Seat { id: id.clone(), source })?;
-        self.add_controller(&id, &config)?;
+        let index = self.add_controller(&id, &config)?;
         let spec = self.lower(&id, &config, address.as_ref(), &chain, host);
         check_spec(&spec, qemu)?;
         let needs = needs(&self.vm, &id, &config, &chain, host);
-        let placed = Placed { id: id.clone(), config, address, spec, needs, on_demand };
+        let placed = Placed { id: id.clone(), config, address, index, spec, needs, on_demand };
         self.note_generation(&placed);
         self.devices.push(placed);
         Ok(id)
@@ -271,21 +301,44 @@ impl Layout {
 
     fn label(&self, id: &DeviceId, disk: &DiskConfig) -> Result<Label, Refusal> {
         let holder = |label: &Label| self.devices.iter().find(|d| d.label() == Some(label));
-        if let Some(label) = &disk.target {
-            return match holder(label) {
+        match &disk.target {
+            Some(label) => match holder(label) {
                 Some(other) => Err(Refusal::LabelTaken {
                     id: id.clone(),
                     label: label.clone(),
                     holder: other.id.clone(),
                 }),
                 None => Ok(label.clone()),
-            };
+            },
+            None => self.free_label(id, disk, &BTreeSet::new()),
         }
+    }
+
+    /// The first label that no device has and nobody asks for.
+    fn free_label(&self, id: &DeviceId, disk: &DiskConfig, asked: &BTreeSet<Label>) -> Result<Label, Refusal> {
         let prefix = disk.label_prefix();
-        let free = (0..Label::COUNT)
-            .filter_map(|n| Label::numbered(prefix, n))
-            .find(|label| holder(label).is_none());
-        free.ok_or_else(|| Refusal::NoLabel { id: id.clone(), prefix })
+        let held: BTreeSet<&Label> = self.devices.iter().filter_map(Placed::label).chain(asked).collect();
+        let mut labels = (0..Label::COUNT).filter_map(|n| Label::numbered(prefix, n));
+        labels.find(|label| !held.contains(label)).ok_or_else(|| Refusal::NoLabel { id: id.clone(), prefix })
+    }
+
+    /// Gives each disk its label, in the config's order; those that were asked for are nobody else's.
+    fn labelled(&self, mut configs: Vec<DeviceConfig>) -> Result<Vec<DeviceConfig>, (usize, Refusal)> {
+        let label = |config: &DeviceConfig| match config {
+            DeviceConfig::Disk(disk) => disk.target.clone(),
+            _ => None,
+        };
+        let mut asked: BTreeSet<Label> = configs.iter().filter_map(label).collect();
+        for (index, config) in configs.iter_mut().enumerate() {
+            if let DeviceConfig::Disk(disk) = config
+                && let (None, Some(id)) = (&disk.target, &disk.id)
+            {
+                let free = self.free_label(id, disk, &asked).map_err(|refusal| (index, refusal))?;
+                asked.insert(free.clone());
+                disk.target = Some(free);
+            }
+        }
+        Ok(configs)
     }
 
     /// Makes the controller that a seat needs, if there is none with room.
@@ -307,25 +360,26 @@ impl Layout {
                 };
                 missing.then(|| DeviceConfig::ScsiController(ScsiControllerConfig::default()))
             }
-            Seat::SerialPort { .. } => {
-                let missing = self.topology.serial_controller(0).is_none();
+            Seat::SerialPort { console } => {
+                let missing = !self.topology.has_free_serial_port(*console);
                 missing.then(|| DeviceConfig::VirtioSerial(VirtioSerialConfig::default()))
             }
             Seat::Pci(_) | Seat::Isa => None,
         };
         let Some(mut config) = config else { return Ok(()) };
-        config.set_id(free_id(config.id_prefix(), |other| other == id || self.has_id(other)));
+        config.set_id(free_id(config.id_prefix(), |other| other == id || self.has_id(other) || self.reserved.contains(other)));
         self.place(config, host, qemu, moment, true).map(drop)
     }
 
-    fn add_controller(&mut self, id: &DeviceId, config: &DeviceConfig) -> Result<(), Refusal> {
+    /// A controller's index; other devices have none.
+    fn add_controller(&mut self, id: &DeviceId, config: &DeviceConfig) -> Result<Option<u8>, Refusal> {
         let index = match config {
             DeviceConfig::ScsiController(_) => self.topology.add_scsi_controller(id),
             DeviceConfig::VirtioSerial(_) => self.topology.add_serial_controller(id),
-            _ => return Ok(()),
+            _ => return Ok(None),
         };
         let full = Refusal::Seat { id: id.clone(), source: TopologyError::Full { kind: "controller index" } };
-        index.map(drop).ok_or(full)
+        index.map(Some).ok_or(full)
     }
 
     fn lower(

@@ -166,7 +166,7 @@ pub enum MachineError {
         rule: &'static str,
     },
     /// No virtual CPU.
-    #[error("vcpus = 0: a VM has at least one virtual CPU")]
+    #[error("vcpus = 0: a VM has at least one virtual CPU; write 1 or more")]
     NoCpu,
 }
 
@@ -184,14 +184,14 @@ impl Memory {
     fn check(&self) -> Result<(), MachineError> {
         let fail = |rule| Err(MachineError::Memory { size: self.size, rule });
         if self.size.as_bytes() < 1 << 20 || !self.size.as_bytes().is_multiple_of(1 << 20) {
-            return fail("it is a whole number of MiB, at least one");
+            return fail("write a whole number of MiB, at least one");
         }
         match self.hugepages.map(Size::as_bytes) {
             Some(page) if !page.is_power_of_two() || page < 1 << 16 => {
-                fail("hugepages is the size of a page: 2MiB or 1GiB on x86")
+                fail("`hugepages` is the size of one page; write \"2MiB\" or \"1GiB\", the sizes of x86")
             }
             Some(page) if !self.size.as_bytes().is_multiple_of(page) => {
-                fail("it is a whole number of its huge pages")
+                fail("write a multiple of the size of its huge pages")
             }
             _ => Ok(()),
         }

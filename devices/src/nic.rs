@@ -98,7 +98,11 @@ impl NicConfig {
         };
         let next = "write exactly one of user = true, tap, bridge or vhost_user (tap beside bridge names the tap to make)";
         let Some(path) = self.path() else {
-            return Err(Refusal::Missing { id: id.clone(), key: "user, tap, bridge or vhost_user", next });
+            let nothing = !self.user && self.tap.is_none() && self.bridge.is_none() && self.vhost_user.is_none();
+            return match nothing {
+                true => Err(Refusal::Missing { id: id.clone(), key: "user, tap, bridge or vhost_user", next }),
+                false => misplaced("user, tap, bridge, vhost_user", "one another", next),
+            };
         };
         let tap = matches!(path, Path::Tap { .. });
         match self {
@@ -109,7 +113,7 @@ impl NicConfig {
                 return misplaced("vhost", "this kind of NIC", "vhost-net needs tap or bridge");
             }
             _ if self.openvswitch && self.bridge.is_none() => {
-                return misplaced("openvswitch", "no bridge", "write bridge");
+                return misplaced("openvswitch", "a NIC without `bridge`", "name the Open vSwitch bridge: bridge = \"...\"");
             }
             _ if self.vlan.is_some() && !self.openvswitch => {
                 return misplaced("vlan", "a bridge that is not Open vSwitch's", "write openvswitch = true");
@@ -121,7 +125,7 @@ impl NicConfig {
                 return value("vlan", vlan.to_string(), "a VLAN tag is 1 to 4094");
             }
             Self { queues: Some(queues), .. } if !(1..=MAX_QUEUES).contains(queues) => {
-                return value("queues", queues.to_string(), "1 to 256");
+                return value("queues", queues.to_string(), "write 1 to 256");
             }
             _ => {}
         }

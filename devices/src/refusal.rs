@@ -9,7 +9,7 @@ use crate::topology::TopologyError;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Refusal {
     /// Two devices of one id.
-    #[error("{id}: the id is taken by another device of this VM: choose another")]
+    #[error("{id}: the id is taken by another device or a root port of this VM: choose another")]
     DuplicateId {
         /// The id.
         id: DeviceId,
@@ -37,7 +37,7 @@ pub enum Refusal {
         wanted: &'static str,
     },
     /// All 702 labels are given.
-    #[error("{id}: no target label is left: {prefix}a to {prefix}zz are all taken")]
+    #[error("{id}: no target label is left: {prefix}a to {prefix}zz are all taken; detach a disk")]
     NoLabel {
         /// The disk.
         id: DeviceId,
@@ -87,7 +87,7 @@ pub enum Refusal {
         rule: String,
     },
     /// The image's chain is not known: the launcher did not look, or could not.
-    #[error("{id}: nothing is known of image {path}: it does not exist or cannot be read")]
+    #[error("{id}: nothing is known of image {path}: it does not exist or cannot be read; check the path and the rights on it")]
     UnknownImage {
         /// The disk.
         id: DeviceId,
@@ -133,7 +133,7 @@ pub enum Refusal {
         iothread: DeviceId,
     },
     /// Two devices of one boot index.
-    #[error("{id}: bootindex {index} is that of {holder}: each device that boots has its own")]
+    #[error("{id}: bootindex {index} is that of {holder}: each device that boots has its own; choose another")]
     BootIndexTaken {
         /// The device.
         id: DeviceId,

@@ -72,14 +72,14 @@ pub enum Moment {
 pub enum TopologyError {
     /// Every root port is taken.
     #[error(
-        "all {ports} root ports are taken: detach a device, or set a larger [pcie] root_ports and start the VM anew"
+        "no root port is free, of {ports}: detach a device, or plan more ([pcie] root_ports, or another [[pcie_controller]]) and start the VM anew"
     )]
     NoFreePort {
         /// How many there are.
         ports: usize,
     },
     /// The machine cannot have more root ports.
-    #[error("no room for another root port: pcie.0 has 30 slots of eight")]
+    #[error("no room for another root port: pcie.0 has 30 slots of eight; ask for fewer")]
     NoRoom,
     /// The wish is taken.
     #[error("seat {address} is taken by {occupant}: choose another, or none to get the first free one")]
@@ -123,7 +123,7 @@ pub enum TopologyError {
         index: u8,
     },
     /// All addresses of a kind are taken.
-    #[error("no free {kind} is left")]
+    #[error("no free {kind} is left: detach a device that has one, or give this one another place")]
     Full {
         /// `SCSI target`, `virtio-serial port`, `ISA serial port`.
         kind: &'static str,
@@ -223,6 +223,16 @@ impl Topology {
     /// Makes the ports of a new virtio-serial controller known; gives its index, or `None` when there are 256.
     pub fn add_serial_controller(&mut self, id: &DeviceId) -> Option<u8> {
         add_controller(&mut self.serial, id)
+    }
+
+    /// Puts a virtio-scsi controller back that is known to have this index: adoption.
+    pub(crate) fn set_scsi_controller(&mut self, index: u8, id: &DeviceId) {
+        self.scsi.insert(index, id.clone());
+    }
+
+    /// Puts a virtio-serial controller back that is known to have this index: adoption.
+    pub(crate) fn set_serial_controller(&mut self, index: u8, id: &DeviceId) {
+        self.serial.insert(index, id.clone());
     }
 
     /// Takes a seat for a device: the one wished for, or the first free one.
@@ -332,12 +342,11 @@ impl Topology {
         let address = Address::Pci(wish.clone());
         match wish {
             PciSeat::Port(port) => {
-                while self.grows && moment == Moment::Cold && !self.has_port(port) && self.could_grow_to(port)
-                {
+                while moment == Moment::Cold && self.could_grow_to(port) {
                     self.grow()?;
                 }
                 if !self.has_port(port) {
-                    return Err(self.no_such_seat(port.to_string()));
+                    return Err(self.no_such_seat(port.to_string(), moment));
                 }
             }
             PciSeat::Root(..) | PciSeat::Bridge(..) if moment == Moment::Hot => {
@@ -354,7 +363,7 @@ impl Topology {
             // Slot 0 of the bridge's bus is its own hot-plug controller's.
             PciSeat::Bridge(bridge, slot, _) => {
                 if slot.0 == 0 || self.bridges.iter().all(|b| b.id != *bridge) {
-                    return Err(self.no_such_seat(wish.to_string()));
+                    return Err(self.no_such_seat(wish.to_string(), moment));
                 }
             }
         }
@@ -376,22 +385,24 @@ impl Topology {
     }
 
     /// Whether `id` is a name that a port to come will have.
-    fn could_grow_to(&self, id: &DeviceId) -> bool {
+    pub(crate) fn could_grow_to(&self, id: &DeviceId) -> bool {
         let number = id.as_str().strip_prefix("rp").and_then(|n| n.parse::<usize>().ok());
-        number.is_some_and(|n| n > self.ports.len() && n <= 30 * 8)
+        let to_come = self.ports.len() + 1..=30 * 8;
+        self.grows && number.is_some_and(|n| to_come.contains(&n) && DeviceId::numbered("rp", n) == *id)
     }
 
-    fn no_such_seat(&self, address: String) -> TopologyError {
+    fn no_such_seat(&self, address: String, moment: Moment) -> TopologyError {
         let buses = self
             .ports
             .iter()
             .map(|p| p.id.to_string())
             .chain(self.bridges.iter().map(|b| format!("{}:SLOT.0", b.id)));
-        let known: Vec<String> = buses.collect();
-        TopologyError::NoSuchSeat {
-            address,
-            known: if known.is_empty() { "none".into() } else { known.join(", ") },
-        }
+        let known = match buses.collect::<Vec<_>>().join(", ") {
+            _ if self.grows && moment == Moment::Cold => "rp1 to rp240, made as they are asked for".to_owned(),
+            none if none.is_empty() => "none".to_owned(),
+            known => known,
+        };
+        TopologyError::NoSuchSeat { address, known }
     }
 
     /// Adds the next port by the convention, in the first slot that no device was put into.
@@ -432,7 +443,7 @@ impl Topology {
         let controllers: Vec<u8> = match controller {
             Some(index) if self.scsi.contains_key(&index) => vec![index],
             Some(index) => return Err(TopologyError::NoController { index }),
-            None => self.scsi.keys().copied().collect(),
+            None => self.scsi.iter().filter(|(_, id)| !self.is_leaving(id)).map(|(index, _)| *index).collect(),
         };
         let free = |a: &ScsiAddress| !self.taken.contains_key(&Address::Scsi(*a));
         let unused = |c: u8, t: u8| {
@@ -458,6 +469,16 @@ impl Topology {
             }
         }
         Err(TopologyError::Full { kind: "SCSI target" })
+    }
+
+    /// Whether a controller was asked to leave: then it takes no new devices.
+    fn is_leaving(&self, id: &DeviceId) -> bool {
+        self.taken.values().any(|o| o.name == id.as_str() && o.hold == Hold::Leaving)
+    }
+
+    /// Whether a virtio-serial port of this kind is free.
+    pub fn has_free_serial_port(&self, console: bool) -> bool {
+        self.serial_port(console).is_ok()
     }
 
     /// Whether a LUN without a wish for a controller would find one.
@@ -490,8 +511,10 @@ impl Topology {
     }
 }
 
+/// The index of a controller that is known already, or the lowest free one.
 fn add_controller(controllers: &mut BTreeMap<u8, DeviceId>, id: &DeviceId) -> Option<u8> {
-    let index = (0..=u8::MAX).find(|index| !controllers.contains_key(index))?;
+    let known = controllers.iter().find(|(_, known)| *known == id).map(|(index, _)| *index);
+    let index = known.or_else(|| (0..=u8::MAX).find(|index| !controllers.contains_key(index)))?;
     controllers.insert(index, id.clone());
     Some(index)
 }

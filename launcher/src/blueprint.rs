@@ -2,7 +2,7 @@
 //!
 //! Changes nothing on the host but the cache of what QEMU can do. `check` stops here; `launch` goes on.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use devices::capabilities::Capabilities;
 use devices::host::HostFacts;
@@ -108,8 +108,8 @@ impl Blueprint {
 }
 
 /// What planning needs to know of the host about one device.
-pub fn facts(device: &DeviceConfig, files: &VmFiles) -> Result<HostFacts, ImageError> {
-    let mut facts = HostFacts { run_dir: files.dir().to_string_lossy().into_owned(), ..HostFacts::default() };
+pub fn facts(device: &DeviceConfig, run_dir: &Path) -> Result<HostFacts, ImageError> {
+    let mut facts = HostFacts { run_dir: run_dir.to_string_lossy().into_owned(), ..HostFacts::default() };
     add_facts(&mut facts, device)?;
     Ok(facts)
 }
@@ -134,7 +134,7 @@ fn facts_of(config: &VmConfig, files: &VmFiles) -> Result<HostFacts, ConfigError
         image::chain(path, Some(devices::host::Format::Raw)).map_err(|error| config.at_top(format!("firmware: {error}")))?;
     }
     for path in config.kernel.iter().flat_map(|k| [Some(&k.path), k.initrd.as_ref()]).flatten() {
-        std::fs::File::open(path).map_err(|error| config.at_top(format!("kernel file {path}: {error}")))?;
+        std::fs::File::open(path).map_err(|error| config.at_top(format!("kernel file {path} cannot be opened: {error}; check `path` and `initrd` of [kernel]")))?;
     }
     Ok(facts)
 }

@@ -24,7 +24,7 @@ use crate::folders::VmName;
 #[derive(Debug, Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("config {}: {source}", path.display())]
+    #[error("config {} cannot be read: {source}; check its path, or `qvirt list --all` for the names of the defined VMs", path.display())]
     Read {
         /// The file.
         path: PathBuf,
@@ -239,6 +239,17 @@ impl VmConfig {
         };
         config.paths_mut().into_iter().for_each(|path| absolute(folder, path));
         Ok(config)
+    }
+
+    /// The first relative path of a VM file's text, if there is one.
+    pub fn relative_path(text: &str, path: &Path) -> Result<Option<String>, ConfigError> {
+        // Two folders that relative paths cannot both be below of: what differs was relative.
+        let here = VmConfig::parse(text, path)?;
+        let there = VmConfig::parse(text, &Path::new("/qvirt-elsewhere").join(path.file_name().unwrap_or_default()))?;
+        let (mut here, mut there) = (here, there);
+        let mut pairs = here.paths_mut().into_iter().zip(there.paths_mut());
+        let found = pairs.find(|(a, b)| a != b).map(|(_, b)| b.trim_start_matches("/qvirt-elsewhere/").to_owned());
+        Ok(found)
     }
 
     fn paths_mut(&mut self) -> Vec<&mut String> {

@@ -14,7 +14,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum ImageError {
     /// It cannot be opened.
-    #[error("image {}: {source}", path.display())]
+    #[error("image {} cannot be opened: {source}; check its path, and the rights on it of whoever runs qvirt", path.display())]
     Open {
         /// The image.
         path: PathBuf,
@@ -22,7 +22,7 @@ pub enum ImageError {
         source: io::Error,
     },
     /// Neither a file nor a block device.
-    #[error("image {}: it is neither a file nor a block device", path.display())]
+    #[error("image {}: it is neither a file nor a block device: name an image, or a device below /dev", path.display())]
     Kind {
         /// The image.
         path: PathBuf,
@@ -60,6 +60,14 @@ pub enum ImageError {
         /// Why.
         reason: &'static str,
     },
+    /// A layer further down, that the config does not name.
+    #[error("image {}: its chain of backing files cannot be used: {source}", top.display())]
+    Below {
+        /// The image that was named.
+        top: PathBuf,
+        /// What is wrong with the other.
+        source: Box<ImageError>,
+    },
 }
 
 /// Longest chain: QEMU itself becomes slow long before.
@@ -69,24 +77,37 @@ const MAX_DEPTH: usize = 200;
 pub fn chain(path: &str, format: Option<Format>) -> Result<Vec<Layer>, ImageError> {
     let mut layers: Vec<Layer> = Vec::new();
     let mut next = Some((path.to_owned(), format));
-    while let Some((path, format)) = next.take() {
-        let (file, block_device) = open(Path::new(&path))?;
-        let magic = read_at(&file, 0, 4).map_err(|source| open_error(&path, source))? == MAGIC;
-        if format.is_none() && magic {
-            return Err(ImageError::Unsaid { path: path.into() });
-        }
-        let format = format.unwrap_or(Format::Raw);
-        let backing = if format == Format::Qcow2 { backing(&file, Path::new(&path))? } else { None };
-        if let Some((backing, _)) = &backing
-            && (layers.len() >= MAX_DEPTH || *backing == path || layers.iter().any(|layer| layer.path == *backing))
-        {
-            let reason = "the chain of backing files has no end: it comes back to itself, or is longer than 200";
-            return Err(ImageError::Backing { path: path.into(), backing: backing.clone(), reason });
-        }
-        layers.push(Layer { path, format, block_device });
+    while let Some((layer_path, format)) = next.take() {
+        let (layer, backing) = layer(&layer_path, format, &layers).map_err(|error| match layers.is_empty() {
+            true => error,
+            false => ImageError::Below { top: path.into(), source: Box::new(error) },
+        })?;
+        layers.push(layer);
         next = backing.map(|(path, format)| (path, Some(format)));
     }
     Ok(layers)
+}
+
+/// One layer, and the backing file that its header names. `above` are the layers that lead to it.
+fn layer(
+    path: &str,
+    format: Option<Format>,
+    above: &[Layer],
+) -> Result<(Layer, Option<(String, Format)>), ImageError> {
+    let (file, block_device) = open(Path::new(path))?;
+    let magic = read_at(&file, 0, 4).map_err(|source| open_error(path, source))? == MAGIC;
+    if format.is_none() && magic {
+        return Err(ImageError::Unsaid { path: path.into() });
+    }
+    let format = format.unwrap_or(Format::Raw);
+    let backing = if format == Format::Qcow2 { backing(&file, Path::new(path))? } else { None };
+    if let Some((backing, _)) = &backing
+        && (above.len() >= MAX_DEPTH || *backing == path || above.iter().any(|layer| layer.path == *backing))
+    {
+        let reason = "the chain of backing files has no end: it comes back to itself, or is longer than 200; `qemu-img rebase` gives it another";
+        return Err(ImageError::Backing { path: path.into(), backing: backing.clone(), reason });
+    }
+    Ok((Layer { path: path.to_owned(), format, block_device }, backing))
 }
 
 fn open_error(path: &str, source: io::Error) -> ImageError {
@@ -150,7 +171,7 @@ fn backing(file: &File, path: &Path) -> Result<Option<(String, Format)>, ImageEr
     let format = backing_format(file, extensions, offset).map_err(failed)?;
     let Some(format) = format else { return Err(ImageError::BackingFormat { path: path.to_owned(), backing: name }) };
     let refused = |reason| ImageError::Backing { path: path.to_owned(), backing: name.clone(), reason };
-    let format: Format = format.parse().map_err(|_| refused("its format is neither raw nor qcow2"))?;
+    let format: Format = format.parse().map_err(|_| refused("its format is neither raw nor qcow2; `qemu-img convert` makes it one of them"))?;
     if name.starts_with("json:") {
         return Err(refused("a `json:` name can open anything; rebase the image onto a plain path"));
     }

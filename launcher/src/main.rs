@@ -1,2 +1,5 @@
-//! The qvirt command line.
-fn main() {}
+//! The qvirt command line; everything is in the library.
+
+fn main() -> std::process::ExitCode {
+    launcher::cli::main()
+}

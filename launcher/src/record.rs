@@ -116,7 +116,7 @@ pub enum Stage {
 pub enum Entry {
     /// QEMU was started.
     Started(Identity),
-    /// The launch was finished: from now on QEMU runs without its owner.
+    /// The launch was finished: the devices so far are whole, and the guest was let go.
     Live,
     /// A device is about to be made: all that is needed to unmake it.
     Device(Box<Placed>),
@@ -154,7 +154,10 @@ impl Memory {
         for entry in entries {
             match entry {
                 Entry::Started(identity) => memory.identity = Some(identity),
-                Entry::Live => memory.live = true,
+                Entry::Live => {
+                    memory.live = true;
+                    memory.devices.iter_mut().filter(|(_, s)| *s == Stage::Arriving).for_each(|(_, s)| *s = Stage::Present);
+                }
                 Entry::Device(placed) => memory.devices.push((*placed, Stage::Arriving)),
                 Entry::Stage { id, stage } => {
                     memory.devices.iter_mut().filter(|(d, _)| d.id == id).for_each(|(_, s)| *s = stage);

@@ -1,0 +1,290 @@
+//! The words of the command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::folders::VmName;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed
+  2  wrong usage: the command line, or a config
+  3  refused, by qvirt or by the guest
+  4  pending, or timed out: the outcome is open
+  5  no such VM or device
+
+Folders: /etc/qvirt, /run/qvirt, /var/lib/qvirt for root, the XDG folders for others, below QVIRT_ROOT if that is set.
+Logs: QVIRT_LOG=debug, or per module: QVIRT_LOG=warn,qmp_client=trace.";
+
+/// QEMU virtual machines without libvirt, controlled natively over QMP.
+#[derive(Debug, Parser)]
+#[command(name = "qvirt", version, after_help = EXIT_CODES, max_term_width = 110)]
+pub struct Arguments {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Check a VM file: parse it, ask this QEMU, plan the seats. Changes nothing
+    Check(Check),
+    /// Launch a VM, or adopt a running one, and own it in the foreground
+    ///
+    /// SIGTERM and SIGINT shut the guest down, a second one kills it; SIGHUP leaves the VM running without an owner.
+    Run(Run),
+    /// Launch a VM, or adopt a running one, in the background; returns when the guest runs
+    Start(Start),
+    /// Store a VM file, so that the VM is known by its name
+    Define {
+        /// The VM file
+        file: PathBuf,
+    },
+    /// Forget a stored VM file; a running VM runs on
+    Undefine {
+        /// The VM
+        vm: VmName,
+    },
+    /// Show a VM's stored config, or the command line it makes
+    Show(Show),
+    /// List the running VMs
+    List {
+        /// Also those that are stored and do not run
+        #[arg(long)]
+        all: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what a VM is doing: state, reason, uptime, devices, faults
+    Status {
+        /// The VM
+        vm: VmName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what sits on which seat, and how many seats are free
+    Devices {
+        /// The VM
+        vm: VmName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Ask the guest to shut down, and wait for it
+    Shutdown(Shutdown),
+    /// Restart the guest in good order: ask it to shut down, then start the VM again
+    Reboot {
+        /// The VM
+        vm: VmName,
+    },
+    /// Reset the guest, as the reset button does
+    Reset {
+        /// The VM
+        vm: VmName,
+    },
+    /// Stop the guest's processors
+    Pause {
+        /// The VM
+        vm: VmName,
+    },
+    /// Let a paused guest go on
+    Resume {
+        /// The VM
+        vm: VmName,
+    },
+    /// End a VM at once, with its owner or without
+    Kill {
+        /// The VM
+        vm: VmName,
+    },
+    /// End a VM's owner and leave the VM running; `run` or `start` adopts it
+    Leave {
+        /// The VM
+        vm: VmName,
+    },
+    /// Plug a device in: into the running VM, into its stored config, or both
+    Attach(Attach),
+    /// Take a device out: of the running VM, of its stored config, or both
+    Detach(Detach),
+    /// Connect the terminal to a serial console; `^]` leaves
+    Console {
+        /// The VM
+        vm: VmName,
+        /// The serial device; default: the first one
+        device: Option<String>,
+        /// Take the console over from whoever holds it
+        #[arg(long)]
+        force: bool,
+    },
+    /// Follow the events of VMs, across restarts of their owners
+    Events {
+        /// The VMs; default: all that run
+        vms: Vec<VmName>,
+        /// Print JSON lines
+        #[arg(long)]
+        json: bool,
+    },
+    /// Send a QMP command to a VM and print its reply
+    Qmp {
+        /// The VM
+        vm: VmName,
+        /// The command's name
+        command: String,
+        /// Its arguments, a JSON object
+        arguments: Option<String>,
+    },
+    /// Undo what dead VMs left on the host
+    Recover {
+        /// The VM; default: all
+        vm: Option<VmName>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Check {
+    /// The VM file, or the name of a stored VM
+    pub target: String,
+    /// Print QEMU's command line, an option with its value a line
+    #[arg(long)]
+    pub argv: bool,
+    /// Print JSON
+    #[arg(long, conflicts_with = "argv")]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    /// A VM's name, or a VM file
+    pub target: String,
+    /// Attach the first serial console before the guest runs, so that no byte is missed
+    #[arg(long)]
+    pub console: bool,
+    /// Do not let the guest run yet; `resume` does
+    #[arg(long)]
+    pub paused: bool,
+    /// Tell the process that started this one how it went
+    #[arg(long, hide = true)]
+    pub detached: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Start {
+    /// A VM's name, or a VM file
+    pub target: String,
+    /// Do not let the guest run yet; `resume` does
+    #[arg(long)]
+    pub paused: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Show {
+    /// The VM
+    pub vm: VmName,
+    /// Print the command line: of the running QEMU, or the one a start would use
+    #[arg(long)]
+    pub argv: bool,
+    /// Print the stored file (the default)
+    #[arg(long, conflicts_with = "argv")]
+    pub toml: bool,
+    /// Print the stored config as JSON
+    #[arg(long, conflicts_with_all = ["argv", "toml"])]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Shutdown {
+    /// The VM
+    pub vm: VmName,
+    /// How long to wait for the guest: 500ms, 30s, 2m
+    #[arg(long, default_value = "60s", value_parser = duration)]
+    pub timeout: Duration,
+    /// Kill the VM when the time is over
+    #[arg(long)]
+    pub then_kill: bool,
+}
+
+/// A device, by file or by flag.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct DeviceChoice {
+    /// A device file: one table, as in a VM file
+    pub file: Option<PathBuf>,
+    /// A disk: path=/srv/a.qcow2,format=qcow2,bus=virtio-scsi,cache=none,... (commas in values doubled)
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub disk: Option<String>,
+    /// A NIC: user=true | tap=tap0 | bridge=br0,vhost=true,queues=2 | vhost_user=/run/x.sock, mac=...
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub nic: Option<String>,
+    /// A serial console: type=virtio-console,log=/var/log/x
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub serial: Option<String>,
+    /// A channel: name=org.example.0,path=/run/x.sock
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub channel: Option<String>,
+    /// An iothread: id=io1
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub iothread: Option<String>,
+    /// A virtio-scsi controller: id=scsi1,iothread=io1,queues=4
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub scsi_controller: Option<String>,
+}
+
+/// Where a change applies.
+#[derive(Debug, Args, Clone, Copy)]
+pub struct Where {
+    /// Change the running VM
+    #[arg(long)]
+    pub live: bool,
+    /// Change the stored config; comments and order stay
+    ///
+    /// Default: the running VM if it runs, otherwise the stored config.
+    #[arg(long)]
+    pub config: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Attach {
+    /// The VM
+    pub vm: VmName,
+    #[command(flatten)]
+    pub device: DeviceChoice,
+    #[command(flatten)]
+    pub place: Where,
+    /// Print the QMP commands that would be sent, and send none
+    #[arg(long, conflicts_with = "config")]
+    pub dry_run: bool,
+    /// Wait until an earlier device of the same id is gone, this long at most: 30s
+    #[arg(long, value_parser = duration)]
+    pub wait: Option<Duration>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct Detach {
+    /// The VM
+    pub vm: VmName,
+    /// A device's id or target label, or a device file
+    pub device: String,
+    #[command(flatten)]
+    pub place: Where,
+    /// How long to wait for the guest, and to ask it again: 30s
+    #[arg(long, default_value = "10s", value_parser = duration)]
+    pub wait: Duration,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let span: devices::units::Millis = text.parse().map_err(|e: devices::text::TextError| e.to_string())?;
+    Ok(span.duration())
+}

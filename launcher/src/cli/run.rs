@@ -1,0 +1,205 @@
+//! `run` and `start`: launching or adopting a VM, and owning it.
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
+use std::thread::JoinHandle;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::args::{Run, Start};
+use super::{Exit, Problem, target};
+use crate::adopt::{Life, adopt, life, recover};
+use crate::blueprint::Blueprint;
+use crate::console::{Console, Until, User};
+use crate::control::{self, Shared};
+use crate::folders::{Folders, VmName};
+use crate::launch::{clear_up, launch};
+use crate::owner::{Born, Ending, Handle, Owner, Signal};
+
+/// What a detached owner writes when the guest runs.
+const READY: &[u8] = b"ready\n";
+
+/// `qvirt run`
+pub async fn run(args: Run) -> Result<Exit, Problem> {
+    let folders = Folders::find()?;
+    let vm = target::vm(&folders, &args.target)?;
+    if args.detached {
+        // The terminal's Ctrl-C and its end are not for us.
+        nix::unistd::setsid().map_err(std::io::Error::from)?;
+    }
+    // Before anything is started, so that no signal finds us with half a VM.
+    let signals = signals()?;
+    let (born, unfinished) = bring_up(&folders, &vm, &args).await?;
+    let paused = born.launch.paused;
+    let (mut owner, handle) = Owner::new(born).await;
+    let serving = serve(&folders, &vm, &handle)?;
+    let console = if args.console { Some(open_console(&folders, &vm, &handle)?) } else { None };
+    if unfinished {
+        owner.go(paused).await?;
+    }
+    let console = console.map(|console| attach_console(console, &vm)).transpose()?;
+    if args.detached {
+        detach_from_starter()?;
+    } else if console.is_none() {
+        let status = handle.status.borrow().clone();
+        println!("{vm} is {}: pid {}, {}", status.run, status.pid, status.accel);
+    }
+    let ending = owner.run(signals).await;
+    serving.iter().for_each(tokio::task::JoinHandle::abort);
+    if let Some((leave, thread)) = console {
+        drop(leave);
+        let _ = thread.join();
+    }
+    end(&folders, &vm, ending).await
+}
+
+/// Adopts the VM if it runs, clears up if it is dead, and launches it.
+async fn bring_up(folders: &Folders, vm: &VmName, args: &Run) -> Result<(Born, bool), Problem> {
+    match life(&folders.vm(vm)?)? {
+        Life::Orphan => {
+            if args.paused {
+                let message = format!("VM {vm} is running without an owner, and --paused is for a start: leave it out to adopt the VM");
+                return Err(Problem::new(Exit::Refused, message));
+            }
+            return Ok(adopt(folders, vm).await?);
+        }
+        Life::Owned | Life::Between => {
+            let message = format!("VM {vm} is running already, with an owner: `qvirt status {vm}` shows it");
+            return Err(Problem::new(Exit::Refused, message));
+        }
+        Life::Remains => {
+            let devices = recover(folders, vm)?;
+            warn!(%vm, ?devices, "cleared up what a dead VM left");
+        }
+        Life::None => {}
+    }
+    let config = target::config(folders, &args.target)?;
+    let blueprint = Blueprint::draw(config, folders).await?;
+    Ok((launch(blueprint, folders, args.paused).await?, true))
+}
+
+/// Makes the control sockets and serves them.
+fn serve(folders: &Folders, vm: &VmName, handle: &Handle) -> Result<Vec<tokio::task::JoinHandle<()>>, Problem> {
+    let files = folders.vm(vm)?;
+    let shared = Shared {
+        qmp: handle.qmp.clone(),
+        status: handle.status.clone(),
+        requests: handle.requests.clone(),
+        events: handle.events.clone(),
+    };
+    let full = control::bind(&files.control(), 0o600)?;
+    let read_only = control::bind(&files.control_ro(), 0o660)?;
+    Ok(vec![
+        tokio::spawn(control::serve(full, shared.clone(), false)),
+        tokio::spawn(control::serve(read_only, shared, true)),
+    ])
+}
+
+/// TERM and INT end the VM, HUP leaves it; a closed terminal is a HUP too.
+fn signals() -> Result<mpsc::Receiver<Signal>, Problem> {
+    let (sender, receiver) = mpsc::channel(8);
+    let kinds = [(SignalKind::terminate(), Signal::End), (SignalKind::interrupt(), Signal::End), (SignalKind::hangup(), Signal::Leave)];
+    for (kind, meaning) in kinds {
+        let mut stream = signal(kind)?;
+        let sender = sender.clone();
+        tokio::spawn(async move {
+            while stream.recv().await.is_some() && sender.send(meaning).await.is_ok() {}
+        });
+    }
+    Ok(receiver)
+}
+
+fn open_console(folders: &Folders, vm: &VmName, handle: &Handle) -> Result<Console, Problem> {
+    let status = handle.status.borrow().clone();
+    let Some((id, pty)) = status.devices.iter().find_map(|d| Some((d.id.clone(), d.pty.clone()?))) else {
+        let message = format!("VM {vm} has no serial console: write [[serial]] into its config, or leave --console out");
+        return Err(Problem::new(Exit::Usage, message));
+    };
+    Ok(Console::open(pty.as_ref(), &folders.vm(vm)?.console_lock(&id), false)?)
+}
+
+/// Copies between the terminal and the console in a thread of its own; dropping the descriptor ends it.
+fn attach_console(console: Console, vm: &VmName) -> Result<(OwnedFd, JoinHandle<()>), Problem> {
+    let (leave, leaver) = std::io::pipe()?;
+    let user = User::of_process()?;
+    eprintln!("Connected to the console of {vm}; ^] leaves it, the VM runs on.");
+    let thread = std::thread::spawn(move || {
+        let left = console.attach(&user, &Until::Readable(leave.into()));
+        drop(console);
+        match left {
+            Ok(leave) => eprintln!("\n{leave}"),
+            Err(error) => eprintln!("\nqvirt: {}", crate::request::chain(&error)),
+        }
+    });
+    Ok((leaver.into(), thread))
+}
+
+/// Tells whoever started us that the guest runs, and lets go of its pipe.
+fn detach_from_starter() -> Result<(), Problem> {
+    let mut stdout = std::io::stdout();
+    stdout.write_all(READY)?;
+    stdout.flush()?;
+    let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdout(&null).map_err(std::io::Error::from)?;
+    Ok(())
+}
+
+async fn end(folders: &Folders, vm: &VmName, ending: Ending) -> Result<Exit, Problem> {
+    let files = folders.vm(vm)?;
+    let (reason, in_order, last_words, shop, launch) = match ending {
+        Ending::Left => {
+            for socket in [files.control(), files.control_ro()] {
+                let _ = std::fs::remove_file(socket);
+            }
+            println!("{vm} runs on without an owner: `qvirt run {vm}` adopts it");
+            return Ok(Exit::Done);
+        }
+        Ending::Stopped { reason, in_order, last_words, shop, launch } => (reason, in_order, last_words, shop, launch),
+    };
+    info!(%vm, reason, uuid = launch.machine.uuid, "stopped");
+    let entries = crate::journal::read_only::<crate::record::Entry>(&files.journal()).ok().flatten();
+    let devices = entries.map(|(_, entries)| crate::record::Memory::of(entries).devices).unwrap_or_default();
+    match shop {
+        Some(shop) => {
+            let workshop = *shop;
+            drop(workshop.journal);
+            clear_up(&workshop.host, devices.into_iter().map(|(device, _)| device), files.dir());
+        }
+        None => warn!(%vm, "a job did not end with QEMU: `qvirt recover {vm}` clears up"),
+    }
+    if in_order {
+        println!("{vm} has stopped: {reason}");
+        return Ok(Exit::Done);
+    }
+    let words = if last_words.is_empty() { String::new() } else { format!("\nQEMU's last words:\n{last_words}") };
+    Err(Problem::new(Exit::Failed, format!("VM {vm} ended: {reason}{words}")))
+}
+
+/// `qvirt start`: the same program as `run`, in a session of its own, heard until the guest runs.
+pub async fn start(args: Start) -> Result<Exit, Problem> {
+    let folders = Folders::find()?;
+    let vm = target::vm(&folders, &args.target)?;
+    folders.make()?;
+    crate::folders::make_private(&folders.state_dir(&vm))?;
+    let log = folders.state_dir(&vm).join("owner.log");
+    let (reading, writing) = std::io::pipe()?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["run", "--detached"]).args(args.paused.then_some("--paused")).arg("--").arg(&args.target);
+    command.stdin(Stdio::null()).stdout(writing).stderr(std::fs::File::create(&log)?);
+    let mut child = command.spawn()?;
+    drop(command);
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut { reading }, &mut said)?;
+    if said.as_bytes() == READY {
+        println!("{vm} is {}", if args.paused { "starting, paused" } else { "running" });
+        return Ok(Exit::Done);
+    }
+    let status = child.wait()?;
+    let words = std::fs::read_to_string(&log).unwrap_or_default();
+    let words = words.trim_end().strip_prefix("qvirt: ").unwrap_or(words.trim_end()).to_owned();
+    let exit = status.code().and_then(|code| u8::try_from(code).ok()).filter(|code| *code != 0).unwrap_or(1);
+    Err(Problem { exit, message: words })
+}

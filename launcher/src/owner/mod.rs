@@ -1,0 +1,371 @@
+//! The one task that owns a VM. Whatever can change belongs to it; others hold a request channel or a `watch` of the status.
+//!
+//! ```text
+//!            requests        events of QEMU      finished jobs      timers     exit of QEMU
+//!               |                 |                   |               |             |
+//!               +-----------------+------- Owner::run +---------------+-------------+
+//!                                              |
+//!                     one job at a time (the workshop)    looks at the truth (any number)
+//!                                              |
+//!                              status (watch), events (broadcast)
+//! ```
+//!
+//! Events are hints: after one, the owner asks QEMU. Work that changes the VM is done by one job at a time, which holds the
+//! [`Workshop`] and so the journal; requests wait in a queue meanwhile, and the loop stays free. `plug` has attach and detach, `truth` what
+//! QEMU is asked, `end` the ways a VM stops.
+
+mod end;
+mod plug;
+mod truth;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use devices::{DeviceId, Layout};
+use qmp_client::{Event, Events, KnownEvent, Qmp, Timestamp};
+use serde_json::{Value, json};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::control::{Envelope, event_line};
+use crate::locks::OfdLock;
+use crate::process::{Exit, Process, keep_under_cap};
+use crate::record::{Launch, Stage};
+use crate::request::{Class, Failure, Request};
+use crate::status::{DeviceStatus, Foreign, IoFault, LOW_WATER, Status, VmState};
+use crate::work::Workshop;
+
+pub use end::Ending;
+use end::Farewell;
+use plug::{Departure, Job};
+use truth::Truth;
+
+/// A VM that runs, as a launch or an adoption hands it over.
+#[derive(Debug)]
+pub struct Born {
+    /// The record of the launch.
+    pub launch: Launch,
+    /// QEMU's log.
+    pub log: std::path::PathBuf,
+    /// QEMU's process.
+    pub process: Process,
+    /// QEMU's events.
+    pub events: Events,
+    /// The connection, the journal, the host.
+    pub shop: Workshop,
+    /// Devices and seats.
+    pub layout: Layout,
+    /// Where each device is in its life.
+    pub stages: BTreeMap<DeviceId, Stage>,
+    /// Held as long as this process owns the VM.
+    pub owner_lock: OfdLock,
+    /// Held as long as this process or QEMU lives; an adopting owner has none of its own.
+    pub life: Option<OfdLock>,
+}
+
+/// The way back to whoever asked.
+type Reply = oneshot::Sender<Result<Value, Failure>>;
+
+/// What a job or a look brings home.
+#[derive(Debug)]
+enum Finished {
+    Work(Box<Workshop>, plug::Outcome),
+    Look(Truth),
+}
+
+/// How often the log's size and pending departures are looked at.
+const TICK: Duration = Duration::from_secs(2);
+
+/// The owner.
+pub struct Owner {
+    launch: Launch,
+    log: std::path::PathBuf,
+    process: Process,
+    qmp: Qmp,
+    events: Events,
+    shop: Option<Box<Workshop>>,
+    queue: VecDeque<Job>,
+    jobs: JoinSet<Finished>,
+    layout: Layout,
+    stages: BTreeMap<DeviceId, Stage>,
+    departures: BTreeMap<DeviceId, Departure>,
+    /// Devices of which DEVICE_DELETED came while they were still being made.
+    early: BTreeSet<DeviceId>,
+    ptys: BTreeMap<String, String>,
+    faults: BTreeMap<DeviceId, IoFault>,
+    foreign: Vec<Foreign>,
+    run: VmState,
+    looking: bool,
+    look_again: bool,
+    farewell: Farewell,
+    generation: u64,
+    status: watch::Sender<Arc<Status>>,
+    broadcast: broadcast::Sender<Arc<[u8]>>,
+    requests: mpsc::Receiver<Envelope>,
+    _owner_lock: OfdLock,
+    _life: Option<OfdLock>,
+}
+
+/// What others get of an owner.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    /// The status.
+    pub status: watch::Receiver<Arc<Status>>,
+    /// Where requests go.
+    pub requests: mpsc::Sender<Envelope>,
+    /// Where events come from.
+    pub events: broadcast::Sender<Arc<[u8]>>,
+    /// The connection to QEMU.
+    pub qmp: Qmp,
+}
+
+/// A signal that `qvirt run` got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// TERM or INT: shut the guest down; the second one kills.
+    End,
+    /// HUP: leave the VM without an owner.
+    Leave,
+}
+
+impl Owner {
+    /// An owner, not yet running. It has asked QEMU how things are.
+    pub async fn new(born: Born) -> (Owner, Handle) {
+        let (events, _) = broadcast::channel(crate::control::EVENTS);
+        let (sender, requests) = mpsc::channel(64);
+        let (status, watch) = watch::channel(Arc::new(empty(&born)));
+        let qmp = born.shop.qmp.clone();
+        let departures = born.stages.iter().filter(|(_, s)| **s == Stage::Leaving).map(|(id, _)| (id.clone(), Departure::new())).collect();
+        let mut owner = Owner {
+            log: born.log,
+            process: born.process,
+            qmp: qmp.clone(),
+            events: born.events,
+            shop: Some(Box::new(born.shop)),
+            queue: VecDeque::new(),
+            jobs: JoinSet::new(),
+            layout: born.layout,
+            stages: born.stages,
+            departures,
+            early: BTreeSet::new(),
+            ptys: BTreeMap::new(),
+            faults: BTreeMap::new(),
+            foreign: Vec::new(),
+            run: VmState::Starting,
+            looking: false,
+            look_again: false,
+            farewell: Farewell::default(),
+            generation: 0,
+            status,
+            broadcast: events.clone(),
+            requests,
+            launch: born.launch,
+            _owner_lock: born.owner_lock,
+            _life: born.life,
+        };
+        let truth = truth::look(qmp.clone()).await;
+        owner.learn(truth);
+        owner.publish();
+        (owner, Handle { status: watch, requests: sender, events, qmp })
+    }
+
+    /// Lets the guest go, and notes that the launch is finished. In this order: an owner that dies in between is followed by one that does
+    /// it again.
+    pub async fn go(&mut self, paused: bool) -> Result<(), qmp_client::QmpError> {
+        if !paused {
+            self.qmp.call("cont", Value::Null).await?;
+        }
+        if let Some(shop) = &mut self.shop {
+            shop.note(&crate::record::Entry::Live);
+        }
+        let truth = truth::look(self.qmp.clone()).await;
+        self.learn(truth);
+        self.publish();
+        Ok(())
+    }
+
+    /// Owns the VM until it ends, or until this owner is told to leave. `signals` are what this process gets.
+    pub async fn run(mut self, mut signals: mpsc::Receiver<Signal>) -> Ending {
+        let mut tick = tokio::time::interval(TICK);
+        let mut talking = true;
+        loop {
+            let wake = self.next_wake();
+            tokio::select! {
+                biased;
+                exit = self.process.exited() => return self.ended(exit).await,
+                event = self.events.next(), if talking => match event {
+                    Some(event) => self.on_event(&event),
+                    None => talking = false,
+                },
+                Some(done) = self.jobs.join_next() => match done {
+                    Ok(Finished::Work(shop, outcome)) => self.on_outcome(shop, outcome),
+                    Ok(Finished::Look(truth)) => self.on_truth(truth),
+                    Err(error) => warn!(%error, "a job was lost"),
+                },
+                () = until(wake) => self.on_time(),
+                _ = tick.tick() => self.on_tick(),
+                Some(signal) = signals.recv() => self.on_signal(signal),
+                Some(envelope) = self.requests.recv() => self.on_request(envelope),
+            }
+            if self.farewell.leave && self.shop.is_some() {
+                return self.left();
+            }
+            if !talking && self.process.try_exited().is_none() && self.farewell.since_silence(Instant::now()) {
+                warn!("QEMU closed its monitor and lives on: leaving it; `qvirt run` adopts it");
+                return self.left();
+            }
+            self.start_next();
+            self.publish();
+        }
+    }
+
+    fn on_request(&mut self, envelope: Envelope) {
+        let Envelope { request, reply } = envelope;
+        match request {
+            Request::Attach(attach) => self.queue.push_back(Job::Facts(attach, reply)),
+            Request::Devices => {
+                let devices = self.layout.devices().iter().map(|d| json!({"id": d.id, "address": d.address, "config": d.config}));
+                let _ = reply.send(Ok(devices.collect()));
+            }
+            Request::Detach(detach) => self.detach(&detach, reply),
+            Request::Shutdown(shutdown) => self.shut_down(&shutdown, reply),
+            Request::Reboot(shutdown) => self.reboot(&shutdown, reply),
+            Request::Kill => self.kill(Some(reply)),
+            Request::Leave => {
+                self.farewell.leave = true;
+                let _ = reply.send(Ok(json!({})));
+            }
+            Request::Reconcile => {
+                self.look();
+                let _ = reply.send(Ok(json!({})));
+            }
+        }
+    }
+
+    fn on_event(&mut self, event: &Event) {
+        let _ = self.broadcast.send(event_line(event));
+        match event.view() {
+            KnownEvent::DeviceDeleted(gone) => {
+                if let Some(id) = gone.device.and_then(|id| id.parse().ok()) {
+                    self.deleted(&id);
+                }
+            }
+            KnownEvent::DeviceUnplugGuestError(refusal) => {
+                if let Some(id) = refusal.device.and_then(|id| id.parse().ok()) {
+                    self.stays(&id, "the guest refused to let go of it".to_owned());
+                }
+            }
+            KnownEvent::BlockIoError(error) => {
+                self.fault(&error, event.timestamp.seconds);
+                self.look();
+            }
+            KnownEvent::Shutdown(shutdown) => self.farewell.cause = Some(shutdown.reason.to_string()),
+            KnownEvent::Stop | KnownEvent::Resume | KnownEvent::Reset(_) | KnownEvent::GuestPanicked(_) => self.look(),
+            _ => {}
+        }
+    }
+
+    /// An event of our own, to every client.
+    fn announce(&self, name: &str, data: Value) {
+        let event = Event { timestamp: Timestamp::now(), name: name.to_owned(), data };
+        let _ = self.broadcast.send(event_line(&event));
+    }
+
+    fn on_tick(&mut self) {
+        if let Err(error) = keep_under_cap(&self.log) {
+            warn!(log = ?self.log, %error, "QEMU's log could not be kept under its cap");
+        }
+        if !self.departures.is_empty() {
+            self.look();
+        }
+    }
+
+    fn publish(&mut self) {
+        let mut next = self.describe();
+        next.generation = self.generation;
+        self.status.send_if_modified(|current| {
+            if **current == next {
+                return false;
+            }
+            self.generation += 1;
+            next.generation = self.generation;
+            *current = Arc::new(next);
+            true
+        });
+    }
+
+    fn describe(&self) -> Status {
+        let devices = self.layout.devices().iter().map(|placed| DeviceStatus {
+            id: placed.id.to_string(),
+            kind: placed.config.table().to_owned(),
+            label: placed.label().map(ToString::to_string),
+            address: placed.address.as_ref().map(ToString::to_string),
+            driver: placed.spec.frontend.as_ref().map(|f| f.driver().to_owned()),
+            backing: placed.config.backing(),
+            stage: self.stages.get(&placed.id).copied().unwrap_or(Stage::Present),
+            pty: self.ptys.get(&placed.id.chardev()).cloned(),
+            on_demand: placed.on_demand,
+            fault: self.faults.get(&placed.id).cloned(),
+        });
+        let free = self.layout.topology().free_ports().count();
+        let mut warnings = Vec::new();
+        if free <= LOW_WATER {
+            let ports = self.layout.topology().ports().len();
+            warnings.push(format!("{free} of {ports} root ports free: set a larger [pcie] root_ports before the next start"));
+        }
+        Status { devices: devices.collect(), run: self.run.clone(), foreign: self.foreign.clone(), warnings, ..self.head() }
+    }
+
+    fn head(&self) -> Status {
+        let counts = self.layout.topology().counts();
+        Status { seats: counts.into_iter().map(Into::into).collect(), pid: self.process.pid(), ..head(&self.launch) }
+    }
+}
+
+/// The parts of a status that a launch alone tells.
+fn head(launch: &Launch) -> Status {
+    Status {
+        generation: 0,
+        vm: launch.vm.to_string(),
+        uuid: launch.machine.uuid.clone(),
+        run: VmState::Starting,
+        pid: 0,
+        qemu: launch.qemu.version.clone(),
+        accel: launch.accel_reason.clone(),
+        since_unix_secs: launch.since_unix_secs,
+        devices: Vec::new(),
+        foreign: Vec::new(),
+        seats: Vec::new(),
+        warnings: Vec::new(),
+    }
+}
+
+fn empty(born: &Born) -> Status {
+    head(&born.launch)
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl std::fmt::Debug for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Owner").field("vm", &self.launch.vm).field("run", &self.run).finish_non_exhaustive()
+    }
+}
+
+/// Why a request cannot be served while the VM is as it is.
+fn not_now(why: &str, next: &str) -> Failure {
+    Failure::new(Class::Refused, format!("{why}: {next}"))
+}
+
+fn exit_words(exit: &Exit) -> String {
+    info!(%exit, "QEMU has ended");
+    exit.to_string()
+}

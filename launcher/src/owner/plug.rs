@@ -1,0 +1,358 @@
+//! Attach and detach, as the owner sees them: plan, hand the work to a job, keep or drop what came of it.
+//!
+//! A device that was asked to leave has a [`Departure`]. It ends when QEMU says the device is gone (by event, or when asked), or when
+//! somebody refuses; until then the seat is taken, also after the owner was replaced. While a client waits, the guest is asked again now
+//! and then: a request made while it boots is lost.
+
+use std::time::Duration;
+
+use devices::host::HostFacts;
+use devices::{DeviceId, Moment, Placed, plan};
+use serde_json::{Value, json};
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use super::{Finished, Owner, Reply, not_now};
+use crate::blueprint;
+use crate::record::Stage;
+use crate::request::{Attach, Attached, Class, Detach, Detached, Failure};
+use crate::work::{Asked, StepError, WorkError, Workshop, dry_run};
+
+/// Work that waits for the workshop, or for what must be known first.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// Look at the images of a device to attach; storage may hang, so not in the owner's task.
+    Facts(Box<Attach>, Reply),
+    /// Plan a device and make it.
+    Attach(Box<Attach>, HostFacts, Reply),
+    /// Ask a device to leave.
+    Ask(DeviceId),
+    /// Clear up behind a device that is gone.
+    Clear(DeviceId),
+}
+
+/// What came of a job.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// The images were looked at, or could not be.
+    Facts(Box<Attach>, Result<HostFacts, Failure>, Reply),
+    /// Devices were made, or not.
+    Attached(Vec<Placed>, Result<(), WorkError>, Reply),
+    /// A device was asked to leave.
+    Asked(DeviceId, Result<Asked, StepError>),
+    /// A device's remains are gone, or not yet.
+    Cleared(DeviceId, Result<(), StepError>),
+}
+
+/// A device on its way out.
+#[derive(Debug)]
+pub(super) struct Departure {
+    since: Instant,
+    ask_again: Instant,
+    waiting: Vec<(Instant, Reply)>,
+    /// Whether a job to clear up is queued or at work.
+    pub(super) clearing: bool,
+    /// What was last heard.
+    heard: String,
+}
+
+/// How long before the guest is asked again. ACPI takes it at once; native PCIe hot-plug needs more than five seconds and says so until then.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+
+impl Departure {
+    pub(super) fn new() -> Departure {
+        let now = Instant::now();
+        let heard = "the guest has not answered yet".to_owned();
+        Departure { since: now, ask_again: now + ASK_AGAIN, waiting: Vec::new(), clearing: false, heard }
+    }
+}
+
+impl Owner {
+    /// Begins the next piece of work, if nobody is at work.
+    pub(super) fn start_next(&mut self) {
+        while self.shop.is_some() && !self.farewell.leave {
+            let Some(job) = self.queue.pop_front() else { return };
+            match job {
+                Job::Facts(attach, reply) => self.gather_facts(attach, reply),
+                Job::Attach(attach, facts, reply) => self.attach(*attach, &facts, reply),
+                Job::Ask(id) => self.work(id, |mut shop, placed| async move {
+                    let asked = shop.detach(&placed).await;
+                    (shop, Outcome::Asked(placed.id, asked))
+                }),
+                Job::Clear(id) => self.work(id, |mut shop, placed| async move {
+                    let cleared = shop.clear(&placed).await;
+                    (shop, Outcome::Cleared(placed.id, cleared))
+                }),
+            }
+        }
+    }
+
+    /// Hands the workshop to a job for a device that still is one of ours.
+    fn work<F>(&mut self, id: DeviceId, job: impl FnOnce(Box<Workshop>, Placed) -> F)
+    where
+        F: Future<Output = (Box<Workshop>, Outcome)> + Send + 'static,
+    {
+        let Some(placed) = self.layout.device(id.as_str()).cloned() else { return };
+        let Some(shop) = self.shop.take() else { return };
+        let job = job(shop, placed);
+        self.jobs.spawn(async move {
+            let (shop, outcome) = job.await;
+            Finished::Work(shop, outcome)
+        });
+    }
+
+    fn gather_facts(&mut self, attach: Box<Attach>, reply: Reply) {
+        let Some(shop) = self.shop.take() else { return };
+        if attach.device.image().is_none() {
+            let facts = HostFacts { run_dir: shop.host.run_dir.to_string_lossy().into_owned(), ..HostFacts::default() };
+            self.shop = Some(shop);
+            return self.queue.push_front(Job::Attach(attach, facts, reply));
+        }
+        let run_dir = shop.host.run_dir.clone();
+        let device = attach.device.clone();
+        self.jobs.spawn(async move {
+            let looked = tokio::task::spawn_blocking(move || blueprint::facts(&device, &run_dir)).await;
+            let facts = match looked {
+                Ok(Ok(facts)) => Ok(facts),
+                Ok(Err(error)) => Err(Failure::of(Class::Refused, &error)),
+                Err(error) => Err(Failure::of(Class::Generic, &error)),
+            };
+            Finished::Work(shop, Outcome::Facts(attach, facts, reply))
+        });
+    }
+
+    fn attach(&mut self, attach: Attach, facts: &HostFacts, reply: Reply) {
+        if self.farewell.is_ending() {
+            let _ = reply.send(Err(not_now("the VM is shutting down", "attach to its config with --config instead")));
+            return;
+        }
+        let planned = match plan(&attach.device, &self.layout, facts, &self.launch.qemu, Moment::Hot) {
+            Ok(planned) => planned,
+            Err(refusal) => {
+                let _ = reply.send(Err(Failure::of(Class::Refused, &refusal)));
+                return;
+            }
+        };
+        if attach.dry_run {
+            let commands = dry_run(&planned.parts);
+            let _ = reply.send(Ok(attached(&planned.parts, commands)));
+            return;
+        }
+        let Some(mut shop) = self.shop.take() else { return };
+        self.layout = planned.layout;
+        self.stages.extend(planned.parts.iter().map(|part| (part.id.clone(), Stage::Arriving)));
+        self.jobs.spawn(async move {
+            let outcome = shop.attach(&planned.parts).await;
+            Finished::Work(shop, Outcome::Attached(planned.parts, outcome, reply))
+        });
+    }
+
+    /// Asks a device to leave.
+    pub(super) fn detach(&mut self, detach: &Detach, reply: Reply) {
+        let placed = match self.layout.expect_device(&detach.id) {
+            Ok(placed) => placed.clone(),
+            Err(refusal) => {
+                let _ = reply.send(Err(Failure::of(Class::DeviceNotFound, &refusal)));
+                return;
+            }
+        };
+        let deadline = Instant::now() + Duration::from_millis(detach.wait_ms);
+        if let Some(departure) = self.departures.get_mut(&placed.id) {
+            departure.waiting.push((deadline, reply));
+            departure.ask_again = Instant::now();
+            return;
+        }
+        if self.stages.get(&placed.id) == Some(&Stage::Arriving) {
+            let refusal = devices::Refusal::Busy { id: placed.id, state: "being plugged in" };
+            let _ = reply.send(Err(Failure::of(Class::Refused, &refusal)));
+            return;
+        }
+        if let Err(refusal) = self.layout.can_leave(&placed) {
+            let _ = reply.send(Err(Failure::of(Class::Refused, &refusal)));
+            return;
+        }
+        let mut departure = Departure::new();
+        departure.waiting.push((deadline, reply));
+        self.layout.topology_mut().leaving(&placed.id);
+        self.stages.insert(placed.id.clone(), Stage::Leaving);
+        let has_frontend = placed.spec.frontend.is_some();
+        departure.clearing = !has_frontend;
+        self.departures.insert(placed.id.clone(), departure);
+        self.queue.push_back(if has_frontend { Job::Ask(placed.id) } else { Job::Clear(placed.id) });
+    }
+
+    /// Takes the workshop back, and what came of the work.
+    pub(super) fn on_outcome(&mut self, shop: Box<Workshop>, outcome: Outcome) {
+        self.shop = Some(shop);
+        match outcome {
+            Outcome::Facts(attach, Ok(facts), reply) => self.queue.push_front(Job::Attach(attach, facts, reply)),
+            Outcome::Facts(_, Err(failure), reply) => drop(reply.send(Err(failure))),
+            Outcome::Attached(parts, Ok(()), reply) => self.arrived(&parts, reply),
+            Outcome::Attached(parts, Err(error), reply) => self.not_arrived(&parts, &error, reply),
+            Outcome::Asked(id, asked) => self.on_asked(&id, asked),
+            Outcome::Cleared(id, Ok(())) => self.gone(&id),
+            Outcome::Cleared(id, Err(error)) => {
+                warn!(device = %id, %error, "could not clear up behind the device; trying again");
+                if let Some(departure) = self.departures.get_mut(&id) {
+                    departure.clearing = false;
+                    departure.heard = format!("the guest let go of it, but QEMU or the host did not: {}", crate::request::chain(&error));
+                }
+            }
+        }
+    }
+
+    fn arrived(&mut self, parts: &[Placed], reply: Reply) {
+        for part in parts {
+            info!(device = %part.id, address = ?part.address.as_ref().map(ToString::to_string), "attached");
+            self.stages.insert(part.id.clone(), Stage::Present);
+            self.announce("QVIRT_DEVICE_ATTACHED", json!({"device": part.id.as_str(), "kind": part.config.table()}));
+            if self.early.remove(&part.id) {
+                self.deleted(&part.id);
+            }
+        }
+        // A console's pty is known only now.
+        if parts.iter().any(|part| matches!(part.config, devices::DeviceConfig::Serial(_))) {
+            self.look();
+        }
+        let _ = reply.send(Ok(attached(parts, Vec::new())));
+    }
+
+    fn not_arrived(&mut self, parts: &[Placed], error: &WorkError, reply: Reply) {
+        for part in parts {
+            if error.leaving.contains(&part.id) {
+                self.layout.topology_mut().leaving(&part.id);
+                self.stages.insert(part.id.clone(), Stage::Leaving);
+                self.departures.insert(part.id.clone(), Departure::new());
+                if self.early.remove(&part.id) {
+                    self.deleted(&part.id);
+                }
+            } else {
+                self.forget(&part.id);
+            }
+        }
+        let class = if is_refusal(&error.source) { Class::Refused } else { Class::Generic };
+        let _ = reply.send(Err(Failure::of(class, error)));
+        self.look();
+    }
+
+    fn on_asked(&mut self, id: &DeviceId, asked: Result<Asked, StepError>) {
+        match asked {
+            Ok(Asked::Waiting) => {}
+            Ok(Asked::Busy(heard)) => {
+                if let Some(departure) = self.departures.get_mut(id) {
+                    departure.heard = heard;
+                }
+            }
+            Ok(Asked::Gone) => self.deleted(id),
+            Ok(Asked::Refused(reason)) => self.stays(id, reason),
+            Err(error) => self.stays(id, crate::request::chain(&error)),
+        }
+    }
+
+    /// The guest or QEMU refused: the device is as it was.
+    pub(super) fn stays(&mut self, id: &DeviceId, reason: String) {
+        let Some(departure) = self.departures.remove(id) else { return };
+        warn!(device = %id, reason, "the device stays");
+        self.layout.topology_mut().stays(id);
+        self.stages.insert(id.clone(), Stage::Present);
+        if let Some(shop) = &mut self.shop {
+            shop.note(&crate::record::Entry::Stage { id: id.clone(), stage: Stage::Present });
+        }
+        self.announce("QVIRT_DEVICE_STAYS", json!({"device": id.as_str(), "reason": reason}));
+        let refused = Detached::Refused { id: id.to_string(), reason };
+        answer_all(departure, &refused);
+    }
+
+    fn gone(&mut self, id: &DeviceId) {
+        info!(device = %id, "detached");
+        let departure = self.departures.remove(id);
+        self.forget(id);
+        self.announce("QVIRT_DEVICE_DETACHED", json!({"device": id.as_str()}));
+        if let Some(departure) = departure {
+            answer_all(departure, &Detached::Removed { id: id.to_string() });
+        }
+        self.dismiss_unused();
+    }
+
+    /// A controller that was made for other devices leaves with the last of them.
+    fn dismiss_unused(&mut self) {
+        let unused = |d: &&Placed| {
+            d.on_demand && self.stages.get(&d.id) == Some(&Stage::Present) && self.layout.can_leave(d).is_ok()
+        };
+        let unused: Vec<DeviceId> = self.layout.devices().iter().filter(unused).map(|d| d.id.clone()).collect();
+        for id in unused {
+            self.layout.topology_mut().leaving(&id);
+            self.stages.insert(id.clone(), Stage::Leaving);
+            self.departures.insert(id.clone(), Departure::new());
+            self.queue.push_back(Job::Ask(id));
+        }
+    }
+
+    fn forget(&mut self, id: &DeviceId) {
+        if let Some(placed) = self.layout.device(id.as_str()) {
+            self.ptys.remove(&placed.id.chardev());
+        }
+        self.layout.remove(id);
+        self.stages.remove(id);
+        self.faults.remove(id);
+        self.early.remove(id);
+    }
+
+    /// The next moment at which something must be done although nothing happens.
+    pub(super) fn next_wake(&self) -> Option<Instant> {
+        let waits = self.departures.values().flat_map(|d| d.waiting.iter().map(|(deadline, _)| *deadline).chain(self.asks(d)));
+        waits.chain(self.farewell.next_wake()).min()
+    }
+
+    /// When a departure is to be asked for again: only while somebody waits.
+    fn asks(&self, departure: &Departure) -> Option<Instant> {
+        (!departure.waiting.is_empty() && !departure.clearing && self.shop.is_some()).then_some(departure.ask_again)
+    }
+
+    /// Answers those who waited long enough, asks again for those who wait.
+    pub(super) fn on_time(&mut self) {
+        let now = Instant::now();
+        let mut again = Vec::new();
+        for (id, departure) in &mut self.departures {
+            if !departure.clearing && !departure.waiting.is_empty() && departure.ask_again <= now {
+                departure.ask_again = now + ASK_AGAIN;
+                again.push(id.clone());
+            }
+            let late: Vec<_> = departure.waiting.extract_if(.., |(deadline, _)| *deadline <= now).collect();
+            for (_, reply) in late {
+                let reason = format!("{} ({} s)", departure.heard, departure.since.elapsed().as_secs());
+                let _ = reply.send(Ok(json!(Detached::Pending { id: id.to_string(), reason })));
+            }
+        }
+        for id in again {
+            if !self.queue.iter().any(|job| matches!(job, Job::Ask(other) if *other == id)) {
+                self.queue.push_back(Job::Ask(id));
+            }
+        }
+        self.on_farewell_time(now);
+    }
+}
+
+fn answer_all(departure: Departure, outcome: &Detached) {
+    for (_, reply) in departure.waiting {
+        let _ = reply.send(Ok(json!(outcome)));
+    }
+}
+
+fn attached(parts: &[Placed], commands: Vec<Value>) -> Value {
+    let Some((device, controllers)) = parts.split_last() else { return Value::Null };
+    json!(Attached {
+        id: device.id.to_string(),
+        label: device.label().map(ToString::to_string),
+        address: device.address.as_ref().map(ToString::to_string),
+        controllers: controllers.iter().map(|c| c.id.to_string()).collect(),
+        device: device.config.clone(),
+        commands,
+    })
+}
+
+/// Whether a step failed because somebody else has the thing: nothing was tried on the VM then.
+fn is_refusal(error: &StepError) -> bool {
+    use crate::host::need::NeedError;
+    matches!(error, StepError::Host(NeedError::Lease(crate::lease::LeaseError::Held { .. })))
+}

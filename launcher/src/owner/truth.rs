@@ -1,0 +1,217 @@
+//! Asking QEMU how things are, and taking the answer for the truth: run state, devices that came or went, foreign ones, ptys, I/O status.
+
+use std::collections::BTreeMap;
+
+use devices::DeviceId;
+use devices::address::{Address, Function, PciSeat, Slot};
+use qmp_client::{BlockIoError, Qmp, QmpError};
+use serde_json::{Value, json};
+use tracing::{debug, warn};
+
+use super::plug::Job;
+use super::{Finished, Owner};
+use crate::record::Stage;
+use crate::status::{Foreign, IoFault, VmState};
+
+/// What QEMU said. A question that failed is left unanswered, and nothing is concluded from it.
+#[derive(Debug, Default)]
+pub(super) struct Truth {
+    run: Option<String>,
+    /// Every device with an id, and the QOM path of its bus and its `addr` if it is a PCI device that we do not know.
+    peripherals: Option<Vec<String>>,
+    places: BTreeMap<String, (String, String)>,
+    ptys: Option<BTreeMap<String, String>>,
+    /// `io-status` by the device's QOM path.
+    io: BTreeMap<String, String>,
+}
+
+/// Asks everything. Never fails as a whole.
+pub(super) async fn look(qmp: Qmp) -> Truth {
+    look_for(qmp, Vec::new()).await
+}
+
+/// Asks everything, and the places of devices that are not `known`.
+async fn look_for(qmp: Qmp, known: Vec<String>) -> Truth {
+    let ask = async |command: &str, arguments: Value| match qmp.call(command, arguments).await {
+        Ok(value) => Some(value),
+        Err(QmpError::Closed(_)) => None,
+        Err(error) => {
+            warn!(command, %error, "QEMU did not say how things are");
+            None
+        }
+    };
+    let mut truth = Truth::default();
+    truth.run = ask("query-status", Value::Null).await.and_then(|v| v["status"].as_str().map(str::to_owned));
+    truth.peripherals = crate::work::peripherals(&qmp).await.ok();
+    let unknown = truth.peripherals.iter().flatten().filter(|id| !known.contains(id)).filter(|_| !known.is_empty());
+    for id in unknown {
+        let get = async |property: &str| {
+            let arguments = json!({"path": format!("/machine/peripheral/{id}"), "property": property});
+            qmp.call("qom-get", arguments).await.ok().and_then(|v| v.as_str().map(str::to_owned))
+        };
+        if let (Some(bus), Some(addr)) = (get("parent_bus").await, get("addr").await) {
+            truth.places.insert(id.clone(), (bus, addr));
+        }
+    }
+    let chardevs = ask("query-chardev", Value::Null).await;
+    truth.ptys = chardevs.map(|list| {
+        let ptys = list.as_array().cloned().unwrap_or_default();
+        let pty = |c: &Value| Some((c["label"].as_str()?.to_owned(), c["filename"].as_str()?.strip_prefix("pty:")?.to_owned()));
+        ptys.iter().filter_map(pty).collect()
+    });
+    for device in ask("query-block", Value::Null).await.as_ref().and_then(Value::as_array).into_iter().flatten() {
+        if let (Some(path), Some(status)) = (device["qdev"].as_str(), device["io-status"].as_str()) {
+            truth.io.insert(path.to_owned(), status.to_owned());
+        }
+    }
+    truth
+}
+
+impl Owner {
+    /// Looks at the truth, beside whatever else happens; looks asked for meanwhile become one.
+    pub(super) fn look(&mut self) {
+        if self.looking {
+            self.look_again = true;
+            return;
+        }
+        self.looking = true;
+        let ports = self.layout.topology().ports().iter().map(|p| p.id.to_string());
+        let bridges = self.layout.topology().bridges().iter().map(|b| b.id.to_string());
+        let devices = self.layout.devices().iter().map(|d| d.id.to_string());
+        let known = ports.chain(bridges).chain(devices).collect();
+        let qmp = self.qmp.clone();
+        self.jobs.spawn(async move { Finished::Look(look_for(qmp, known).await) });
+    }
+
+    pub(super) fn on_truth(&mut self, truth: Truth) {
+        self.looking = false;
+        self.learn(truth);
+        if std::mem::take(&mut self.look_again) {
+            self.look();
+        }
+    }
+
+    /// Takes the answer for the truth.
+    pub(super) fn learn(&mut self, truth: Truth) {
+        if let Some(run) = &truth.run {
+            let run = VmState::of_query(run);
+            if run != self.run {
+                debug!(was = %self.run, is = %run, "run state");
+                self.announce("QVIRT_STATE", serde_json::to_value(&run).unwrap_or_default());
+                self.run = run;
+                self.go_on_rebooting();
+            }
+        }
+        self.ptys.extend(truth.ptys.into_iter().flatten());
+        for (id, fault) in &mut self.faults {
+            let path = format!("/machine/peripheral/{id}");
+            let status = truth.io.iter().find(|(qdev, _)| **qdev == path || qdev.starts_with(&format!("{path}/")));
+            fault.io_status = status.map(|(_, status)| status.clone());
+        }
+        if let Some(peripherals) = truth.peripherals {
+            self.reconcile(&peripherals, &truth.places);
+        }
+    }
+
+    /// Compares QEMU's devices with ours. While a job is at work the devices it works on are its business.
+    fn reconcile(&mut self, peripherals: &[String], places: &BTreeMap<String, (String, String)>) {
+        let ours: Vec<(DeviceId, Stage, bool)> = self
+            .layout
+            .devices()
+            .iter()
+            .map(|d| (d.id.clone(), self.stages.get(&d.id).copied().unwrap_or(Stage::Present), d.spec.frontend.is_some()))
+            .collect();
+        for (id, stage, has_frontend) in ours {
+            let there = !has_frontend || peripherals.iter().any(|p| p == id.as_str());
+            if !there && stage != Stage::Arriving && self.shop.is_some() {
+                self.deleted(&id);
+            }
+        }
+        if places.is_empty() && self.foreign.is_empty() {
+            return;
+        }
+        let seat = |bus: &str, addr: &str| self.seat_of(bus, addr);
+        let foreign: Vec<Foreign> = places
+            .iter()
+            .map(|(name, (bus, addr))| Foreign { name: name.clone(), address: seat(bus, addr).map(|a| a.to_string()) })
+            .collect();
+        let seats: Vec<(Address, String)> =
+            places.iter().filter_map(|(name, (bus, addr))| Some((seat(bus, addr)?, name.clone()))).collect();
+        self.layout.topology_mut().set_foreign(seats);
+        self.foreign = foreign;
+    }
+
+    /// The seat that QEMU's names of a bus and an address mean.
+    fn seat_of(&self, bus: &str, addr: &str) -> Option<Address> {
+        let bus = bus.rsplit('/').next()?;
+        let (slot, function) = addr.split_once('.')?;
+        let slot = Slot(u8::from_str_radix(slot, 16).ok()?);
+        let function = Function(u8::from_str_radix(function, 16).ok()?);
+        let is = |id: &DeviceId| id.as_str() == bus;
+        let topology = self.layout.topology();
+        if let Some(port) = topology.ports().iter().find(|p| is(&p.id)) {
+            return Some(Address::Pci(PciSeat::Port(port.id.clone())));
+        }
+        if let Some(bridge) = topology.bridges().iter().find(|b| is(&b.id)) {
+            return Some(Address::Pci(PciSeat::Bridge(bridge.id.clone(), slot, function)));
+        }
+        (bus == "pcie.0").then_some(Address::Pci(PciSeat::Root(slot, function)))
+    }
+
+    /// Keeps an I/O error in mind, by the device it belongs to.
+    pub(super) fn fault(&mut self, error: &BlockIoError, seconds: i64) {
+        let by_path = error.qom_path.as_deref().and_then(|p| p.strip_prefix("/machine/peripheral/")?.split('/').next());
+        let by_node = error.node_name.as_deref().and_then(DeviceId::of_node).map(|(id, _)| id.to_string());
+        let names = [by_path.map(str::to_owned), by_node, Some(error.device.clone())];
+        let placed = names.iter().flatten().find_map(|name| self.layout.device(name));
+        let Some(placed) = placed else {
+            warn!(?error, "an I/O error of a device that qvirt does not know");
+            return;
+        };
+        let id = placed.id.clone();
+        let former = self.faults.get(&id);
+        let fault = IoFault {
+            node: error.node_name.clone().unwrap_or_default(),
+            operation: error.operation.to_string(),
+            action: error.action.to_string(),
+            cause: error.reason.clone(),
+            nospace: error.nospace,
+            since_unix_secs: former.map_or(seconds, |f| f.since_unix_secs),
+            last_unix_secs: seconds,
+            events: former.map_or(0, |f| f.events) + 1,
+            io_status: former.and_then(|f| f.io_status.clone()),
+        };
+        if former.is_none() {
+            let label = placed.label().map(ToString::to_string);
+            self.announce("QVIRT_IO_ERROR", json!({
+                "device": id.as_str(), "label": label, "operation": fault.operation, "action": fault.action, "cause": fault.cause,
+                "nospace": fault.nospace,
+            }));
+        }
+        self.faults.insert(id, fault);
+    }
+
+    /// QEMU says, or was seen, not to have a device any more.
+    pub(super) fn deleted(&mut self, id: &DeviceId) {
+        match self.stages.get(id) {
+            None => {}
+            Some(Stage::Arriving) => drop(self.early.insert(id.clone())),
+            Some(Stage::Present) => {
+                warn!(device = %id, "the device left without being asked to");
+                self.stages.insert(id.clone(), Stage::Leaving);
+                self.departures.insert(id.clone(), super::plug::Departure::new());
+                self.queue_clear(id);
+            }
+            Some(Stage::Leaving) => self.queue_clear(id),
+        }
+    }
+
+    fn queue_clear(&mut self, id: &DeviceId) {
+        let queued = self.queue.iter().any(|job| matches!(job, Job::Clear(other) if other == id));
+        let departure = self.departures.entry(id.clone()).or_insert_with(super::plug::Departure::new);
+        if !queued && !departure.clearing {
+            departure.clearing = true;
+            self.queue.push_back(Job::Clear(id.clone()));
+        }
+    }
+}

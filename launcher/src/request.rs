@@ -1,0 +1,204 @@
+//! qvirt's own commands on the control socket, as values: parsed by the owner, sent by the CLI.
+
+use devices::DeviceConfig;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use thiserror::Error;
+
+/// Arguments of `qvirt-attach`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Attach {
+    /// The device, as in a config: the table's name, then its keys.
+    pub device: DeviceConfig,
+    /// Only say what would be sent.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// Reply of `qvirt-attach`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Attached {
+    /// The device's id.
+    pub id: String,
+    /// A disk's target label.
+    pub label: Option<String>,
+    /// Its seat.
+    pub address: Option<String>,
+    /// Controllers that were made for it.
+    pub controllers: Vec<String>,
+    /// The device as it was planned, with what was assigned filled in.
+    pub device: DeviceConfig,
+    /// With `dry-run`: the commands.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub commands: Vec<Value>,
+}
+
+/// Arguments of `qvirt-detach`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Detach {
+    /// Id or target label.
+    pub id: String,
+    /// How long to wait for the guest, and to ask it again.
+    #[serde(default)]
+    pub wait_ms: u64,
+}
+
+/// What became of a detach.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "kebab-case")]
+pub enum Detached {
+    /// Gone, with everything it stood on.
+    Removed {
+        /// The device.
+        id: String,
+    },
+    /// The guest said no, or QEMU did; the device is as it was.
+    Refused {
+        /// The device.
+        id: String,
+        /// Who, and why.
+        reason: String,
+    },
+    /// The guest has not answered; the owner finishes it whenever it does.
+    Pending {
+        /// The device.
+        id: String,
+        /// What is known.
+        reason: String,
+    },
+}
+
+/// Arguments of `qvirt-shutdown`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Shutdown {
+    /// How long to wait for the guest.
+    pub timeout_ms: u64,
+    /// Whether to kill it then.
+    #[serde(default)]
+    pub then_kill: bool,
+}
+
+/// A command of ours.
+#[derive(Clone, Debug)]
+pub enum Request {
+    /// `qvirt-attach`
+    Attach(Box<Attach>),
+    /// `qvirt-devices`: each device with its config, all that was assigned filled in.
+    Devices,
+    /// `qvirt-detach`
+    Detach(Detach),
+    /// `qvirt-shutdown`
+    Shutdown(Shutdown),
+    /// `qvirt-reboot`, with the arguments of a shutdown
+    Reboot(Shutdown),
+    /// `qvirt-kill`
+    Kill,
+    /// `qvirt-leave`: the owner ends, the VM runs on.
+    Leave,
+    /// `qvirt-reconcile`: QEMU is asked what it has; sent to itself after a raw command.
+    Reconcile,
+}
+
+/// Commands that the owner adds to QEMU's, with what they do; `qvirt-status` is answered without the owner.
+pub const COMMANDS: &[&str] =
+    &["qvirt-status", "qvirt-devices", "qvirt-attach", "qvirt-detach", "qvirt-shutdown", "qvirt-reboot", "qvirt-kill", "qvirt-leave", "qvirt-reconcile"];
+
+/// A refusal or failure, as it goes over the control socket: QMP's error with a class that says which of the CLI's exit codes it is.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{desc}")]
+pub struct Failure {
+    /// The class.
+    pub class: Class,
+    /// For people: the thing, the reason, the next step.
+    pub desc: String,
+}
+
+/// Classes of errors on the control socket. QEMU's own are `GenericError`, `CommandNotFound`, `DeviceNotFound`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Class {
+    /// It was tried and failed.
+    Generic,
+    /// There is no such command.
+    CommandNotFound,
+    /// There is no such device.
+    DeviceNotFound,
+    /// It was refused before anything was tried.
+    Refused,
+    /// The outcome is open: it took too long.
+    Pending,
+}
+
+impl Class {
+    /// The class's name in QMP.
+    pub fn name(self) -> &'static str {
+        match self {
+            Class::Generic => "GenericError",
+            Class::CommandNotFound => "CommandNotFound",
+            Class::DeviceNotFound => "DeviceNotFound",
+            Class::Refused => "QvirtRefused",
+            Class::Pending => "QvirtPending",
+        }
+    }
+
+    /// The CLI's exit code for an error of a class, by the class's name.
+    pub fn exit_code(name: &str) -> u8 {
+        match name {
+            "QvirtRefused" => 3,
+            "QvirtPending" => 4,
+            "DeviceNotFound" => 5,
+            _ => 1,
+        }
+    }
+}
+
+impl Failure {
+    /// A failure of a class.
+    pub fn new(class: Class, desc: impl ToString) -> Failure {
+        Failure { class, desc: desc.to_string() }
+    }
+
+    /// A failure with all its causes.
+    pub fn of(class: Class, error: &dyn std::error::Error) -> Failure {
+        Failure { class, desc: chain(error) }
+    }
+}
+
+/// An error with its causes, on one line, each once.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let words = cause.to_string();
+        if !text.contains(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
+        next = cause.source();
+    }
+    text
+}
+
+impl Request {
+    /// Parses a command of ours; `None` if it is none. Arguments that do not fit are an error that names them.
+    pub fn parse(name: &str, arguments: Value) -> Option<Result<Request, Failure>> {
+        fn arguments_of<T: serde::de::DeserializeOwned>(name: &str, value: Value) -> Result<T, Failure> {
+            let value = if value.is_null() { serde_json::json!({}) } else { value };
+            serde_json::from_value(value).map_err(|e| Failure::new(Class::Generic, format!("{name}: {e}")))
+        }
+        Some(match name {
+            "qvirt-attach" => arguments_of(name, arguments).map(|a| Request::Attach(Box::new(a))),
+            "qvirt-devices" => Ok(Request::Devices),
+            "qvirt-detach" => arguments_of(name, arguments).map(Request::Detach),
+            "qvirt-shutdown" => arguments_of(name, arguments).map(Request::Shutdown),
+            "qvirt-reboot" => arguments_of(name, arguments).map(Request::Reboot),
+            "qvirt-kill" => Ok(Request::Kill),
+            "qvirt-leave" => Ok(Request::Leave),
+            "qvirt-reconcile" => Ok(Request::Reconcile),
+            _ => return None,
+        })
+    }
+}
