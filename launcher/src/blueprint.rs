@@ -88,6 +88,7 @@ impl Blueprint {
         let machine = machine.map_err(|source| BlueprintError::Machine { path: config.path.clone(), source })?;
         let facts = facts_of(&config, files)?;
         let layout = layout(&config, machine.shares_memory(), &facts, &qemu)?;
+        let accel_reason = format!("{}: {accel_reason}", machine.accel);
         Ok(Blueprint { config, binary, qemu, machine, layout, accel_reason })
     }
 

@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use crate::policy::{self, Verdict};
@@ -74,11 +75,18 @@ pub fn bind(path: &Path, mode: u32) -> Result<UnixListener, ControlError> {
     Ok(listener)
 }
 
-/// Serves clients until it is dropped; each client is a task of the current runtime.
+/// Serves clients until the owner ends; returns when each of them has got what was on its way to it.
 pub async fn serve(listener: UnixListener, shared: Shared, read_only: bool) {
     let mut number = 0;
+    let mut clients = JoinSet::new();
+    let mut owner = shared.status.clone();
     loop {
-        let stream = match listener.accept().await {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = ended(&mut owner) => break,
+            Some(_) = clients.join_next() => continue,
+        };
+        let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
                 // Out of descriptors, most likely: it passes, and spinning would not help it.
@@ -91,8 +99,14 @@ pub async fn serve(listener: UnixListener, shared: Shared, read_only: bool) {
         let peer = stream.peer_cred().ok().map(|c| (c.pid(), c.uid()));
         debug!(client = number, ?peer, read_only, "control client");
         let client = Client { number, read_only, stream, negotiated: false, descriptors: BTreeMap::new(), shared: shared.clone() };
-        tokio::spawn(client.run());
+        clients.spawn(client.run());
     }
+    while clients.join_next().await.is_some() {}
+}
+
+/// Returns when the owner is gone.
+async fn ended(status: &mut watch::Receiver<Arc<Status>>) {
+    while status.changed().await.is_ok() {}
 }
 
 /// A command as it came.
@@ -123,6 +137,7 @@ impl Client {
         let mut writer = LineWriter::new();
         let mut events = self.shared.events.subscribe();
         let mut answer: Option<Answer> = None;
+        let mut owner = self.shared.status.clone();
         writer.push(greeting(&self.shared.qmp), Vec::new());
         let cause = loop {
             if writer.backlog() > BACKLOG {
@@ -143,6 +158,7 @@ impl Client {
                     Err(broadcast::error::RecvError::Lagged(_)) => break "it does not read: too many events are waiting",
                     Err(broadcast::error::RecvError::Closed) => break "the owner ends",
                 },
+                () = ended(&mut owner) => break "the owner ends",
                 line = reader.next(&self.stream), if answer.is_none() => match line {
                     Ok(Some(line)) => answer = Some(self.command(line)),
                     Ok(None) => break "it is gone",

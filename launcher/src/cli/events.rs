@@ -85,7 +85,8 @@ fn print(vm: &VmName, event: &Event, as_json: bool) -> Result<(), Problem> {
         let seconds = event.timestamp.seconds;
         let (hours, minutes, seconds) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
         let millis = event.timestamp.microseconds / 1000;
-        let data = event.data.as_object().into_iter().flatten().map(|(key, value)| match value {
+        let members = event.data.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null());
+        let data = members.map(|(key, value)| match value {
             Value::String(text) => format!(" {key}={text}"),
             value => format!(" {key}={value}"),
         });

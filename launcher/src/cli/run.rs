@@ -4,6 +4,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -21,6 +22,9 @@ use crate::owner::{Born, Ending, Handle, Owner, Signal};
 
 /// What a detached owner writes when the guest runs.
 const READY: &[u8] = b"ready\n";
+
+/// How long clients may take to read what was on its way to them when the owner ends.
+const PARTING: Duration = Duration::from_millis(500);
 
 /// `qvirt run`
 pub async fn run(args: Run) -> Result<Exit, Problem> {
@@ -48,7 +52,10 @@ pub async fn run(args: Run) -> Result<Exit, Problem> {
         println!("{vm} is {}: pid {}, {}", status.run, status.pid, status.accel);
     }
     let ending = owner.run(signals).await;
-    serving.iter().for_each(tokio::task::JoinHandle::abort);
+    // Clients get their last words; one that does not take them is not waited for.
+    for task in serving {
+        let _ = tokio::time::timeout(PARTING, task).await;
+    }
     if let Some((leave, thread)) = console {
         drop(leave);
         let _ = thread.join();

@@ -96,6 +96,10 @@ pub struct Owner {
     early: BTreeSet<DeviceId>,
     ptys: BTreeMap<String, String>,
     faults: BTreeMap<DeviceId, IoFault>,
+    /// Which device uses a node, as last seen.
+    nodes: BTreeMap<String, DeviceId>,
+    /// I/O errors of nodes that were not seen yet, with their times.
+    unmatched: Vec<(qmp_client::BlockIoError, i64)>,
     foreign: Vec<Foreign>,
     run: VmState,
     looking: bool,
@@ -153,6 +157,8 @@ impl Owner {
             early: BTreeSet::new(),
             ptys: BTreeMap::new(),
             faults: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            unmatched: Vec::new(),
             foreign: Vec::new(),
             run: VmState::Starting,
             looking: false,
@@ -258,10 +264,7 @@ impl Owner {
                     self.stays(&id, "the guest refused to let go of it".to_owned());
                 }
             }
-            KnownEvent::BlockIoError(error) => {
-                self.fault(&error, event.timestamp.seconds);
-                self.look();
-            }
+            KnownEvent::BlockIoError(error) => self.on_io_error(error, event.timestamp.seconds),
             KnownEvent::Shutdown(shutdown) => self.farewell.cause = Some(shutdown.reason.to_string()),
             KnownEvent::Stop | KnownEvent::Resume | KnownEvent::Reset(_) | KnownEvent::GuestPanicked(_) => self.look(),
             _ => {}

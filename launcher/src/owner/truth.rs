@@ -13,6 +13,14 @@ use super::{Finished, Owner};
 use crate::record::Stage;
 use crate::status::{Foreign, IoFault, VmState};
 
+/// How many I/O errors wait to be matched at most: older QEMU sends thousands a second.
+const UNMATCHED: usize = 64;
+
+/// The device in a QOM path such as `/machine/peripheral/disk0/virtio-backend`.
+fn id_in(path: &str) -> Option<DeviceId> {
+    path.strip_prefix("/machine/peripheral/")?.split('/').next()?.parse().ok()
+}
+
 /// What QEMU said. A question that failed is left unanswered, and nothing is concluded from it.
 #[derive(Debug, Default)]
 pub(super) struct Truth {
@@ -21,8 +29,8 @@ pub(super) struct Truth {
     peripherals: Option<Vec<String>>,
     places: BTreeMap<String, (String, String)>,
     ptys: Option<BTreeMap<String, String>>,
-    /// `io-status` by the device's QOM path.
-    io: BTreeMap<String, String>,
+    /// By the device's QOM path: `io-status`, and the node it uses.
+    disks: BTreeMap<String, (Option<String>, Option<String>)>,
 }
 
 /// Asks everything. Never fails as a whole.
@@ -60,8 +68,9 @@ async fn look_for(qmp: Qmp, known: Vec<String>) -> Truth {
         ptys.iter().filter_map(pty).collect()
     });
     for device in ask("query-block", Value::Null).await.as_ref().and_then(Value::as_array).into_iter().flatten() {
-        if let (Some(path), Some(status)) = (device["qdev"].as_str(), device["io-status"].as_str()) {
-            truth.io.insert(path.to_owned(), status.to_owned());
+        if let Some(path) = device["qdev"].as_str() {
+            let text = |value: &Value| value.as_str().map(str::to_owned);
+            truth.disks.insert(path.to_owned(), (text(&device["io-status"]), text(&device["inserted"]["node-name"])));
         }
     }
     truth
@@ -103,10 +112,20 @@ impl Owner {
             }
         }
         self.ptys.extend(truth.ptys.into_iter().flatten());
-        for (id, fault) in &mut self.faults {
-            let path = format!("/machine/peripheral/{id}");
-            let status = truth.io.iter().find(|(qdev, _)| **qdev == path || qdev.starts_with(&format!("{path}/")));
-            fault.io_status = status.map(|(_, status)| status.clone());
+        for (path, (_, node)) in &truth.disks {
+            if let (Some(id), Some(node)) = (id_in(path), node) {
+                self.nodes.insert(node.clone(), id);
+            }
+        }
+        for (error, seconds) in std::mem::take(&mut self.unmatched) {
+            if !self.fault(&error, seconds) {
+                warn!(?error, "an I/O error of a device that qvirt does not know");
+            }
+        }
+        for (path, (status, _)) in truth.disks {
+            if let Some(fault) = id_in(&path).and_then(|id| self.faults.get_mut(&id)) {
+                fault.io_status = status;
+            }
         }
         if let Some(peripherals) = truth.peripherals {
             self.reconcile(&peripherals, &truth.places);
@@ -158,16 +177,23 @@ impl Owner {
         (bus == "pcie.0").then_some(Address::Pci(PciSeat::Root(slot, function)))
     }
 
-    /// Keeps an I/O error in mind, by the device it belongs to.
-    pub(super) fn fault(&mut self, error: &BlockIoError, seconds: i64) {
-        let by_path = error.qom_path.as_deref().and_then(|p| p.strip_prefix("/machine/peripheral/")?.split('/').next());
-        let by_node = error.node_name.as_deref().and_then(DeviceId::of_node).map(|(id, _)| id.to_string());
-        let names = [by_path.map(str::to_owned), by_node, Some(error.device.clone())];
-        let placed = names.iter().flatten().find_map(|name| self.layout.device(name));
-        let Some(placed) = placed else {
-            warn!(?error, "an I/O error of a device that qvirt does not know");
-            return;
-        };
+    /// An I/O error: matched to its device at once, or after QEMU was asked which device uses the node.
+    pub(super) fn on_io_error(&mut self, error: BlockIoError, seconds: i64) {
+        if !self.fault(&error, seconds) && self.unmatched.len() < UNMATCHED {
+            self.unmatched.push((error, seconds));
+        }
+        self.look();
+    }
+
+    /// Keeps an I/O error in mind, by the device it belongs to; `false` if that is not known.
+    fn fault(&mut self, error: &BlockIoError, seconds: i64) -> bool {
+        let by_path = error.qom_path.as_deref().and_then(id_in);
+        let by_name = error.node_name.as_deref().and_then(DeviceId::of_node).map(|(id, _)| id);
+        let by_use = error.node_name.as_ref().and_then(|node| self.nodes.get(node).cloned());
+        let by_device = error.device.parse().ok();
+        let candidates = [by_path, by_use, by_name, by_device];
+        let placed = candidates.iter().flatten().find_map(|id: &DeviceId| self.layout.device(id.as_str()));
+        let Some(placed) = placed else { return false };
         let id = placed.id.clone();
         let former = self.faults.get(&id);
         let fault = IoFault {
@@ -189,6 +215,7 @@ impl Owner {
             }));
         }
         self.faults.insert(id, fault);
+        true
     }
 
     /// QEMU says, or was seen, not to have a device any more.
