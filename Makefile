@@ -25,11 +25,12 @@ release: ## the qvirt program as it is shipped
 test: images build ## all tests, real QEMU and guest included; the guests' inventories stand in the output
 	cargo test --workspace -- --test-threads=$(THREADS) --show-output
 
-demo: images release ## the main job, told step by step
+demo: images ## the main job, told step by step
+	cargo build -p launcher
 	@examples/demo
 
 bench: images release ## the ratios that the goals name
-	cargo bench -p tests
+	cargo bench -p tests --bench ratios
 
 lint: ## format, clippy and documentation, warnings being errors
 	cargo fmt --all --check

@@ -173,7 +173,8 @@ impl Capabilities {
 
     /// Whether a JSON value is of the type that this QEMU names for a property, and in its range. QEMU 9.2 and later refuse a wrong one.
     pub fn accepts(&self, driver: &str, property: &str, value: &Value) -> bool {
-        let below = |bits: u32| value.as_u64().is_some_and(|number| number.checked_shr(bits).unwrap_or(0) == 0);
+        let below =
+            |bits: u32| value.as_u64().is_some_and(|number| number.checked_shr(bits).unwrap_or(0) == 0);
         match self.driver(driver).and_then(|properties| properties.get(property)).map(String::as_str) {
             None => false,
             // Before 9.x a PCI address was called an int32, and yet was a text such as "04.0".
@@ -226,4 +227,32 @@ fn machines(reply: &Value) -> BTreeMap<String, String> {
         }
     }
     machines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn values_are_of_the_type_and_in_the_range() {
+        let kinds = [
+            ("b", "bool"),
+            ("u", "uint8"),
+            ("w", "uint32"),
+            ("i", "int32"),
+            ("s", "OnOffAuto"),
+            ("addr", "int32"),
+        ];
+        let properties = kinds.map(|(name, kind)| (name.to_owned(), kind.to_owned())).into();
+        let qemu = Capabilities { devices: [("x".to_owned(), properties)].into(), ..Capabilities::default() };
+        let accepts = |property, value: Value| qemu.accepts("x", property, &value);
+        assert!(accepts("b", json!(true)) && !accepts("b", json!("on")));
+        assert!(accepts("u", json!(255)) && !accepts("u", json!(256)) && !accepts("u", json!(-1)));
+        assert!(accepts("w", json!(u32::MAX)) && !accepts("w", json!(u64::from(u32::MAX) + 1)));
+        assert!(accepts("i", json!(-1)) && !accepts("i", json!(1_u64 << 31)));
+        assert!(accepts("s", json!("on")) && !accepts("s", json!(true)));
+        assert!(accepts("addr", json!("04.0")) && !accepts("addr", json!(4)));
+        assert!(!accepts("none", json!(1)) && !qemu.accepts("y", "b", &json!(true)));
+    }
 }

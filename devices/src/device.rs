@@ -141,7 +141,9 @@ impl DeviceConfig {
         match self {
             DeviceConfig::Disk(disk) => disk.path.clone(),
             DeviceConfig::Nic(nic) if nic.user => Some("user".to_owned()),
-            DeviceConfig::Nic(nic) => nic.bridge.clone().or_else(|| nic.tap.clone()).or_else(|| nic.vhost_user.clone()),
+            DeviceConfig::Nic(nic) => {
+                nic.bridge.clone().or_else(|| nic.tap.clone()).or_else(|| nic.vhost_user.clone())
+            }
             DeviceConfig::Channel(channel) => channel.path.clone(),
             DeviceConfig::Serial(_)
             | DeviceConfig::Iothread(_)

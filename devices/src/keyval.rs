@@ -225,4 +225,18 @@ mod tests {
         let Value::Object(props) = props else { unreachable!("an object was written") };
         assert_eq!(print(&props), "driver=x,path=/a,,b,on=on,n=3,fwd=tcp::1-:2,cache.direct=off");
     }
+
+    proptest::proptest! {
+        /// Whatever stands in a value, it comes back; nested members by their dots.
+        #[test]
+        fn what_is_printed_is_read_back(
+            flat in proptest::collection::btree_map("[a-m]{1,4}", "\\PC{0,12}", 1..5),
+            nested in proptest::collection::btree_map("[a-z]{1,4}", "[a-c,.=]{0,6}", 1..4),
+        ) {
+            let mut members = json!(flat);
+            members["nested"] = json!(nested);
+            let Value::Object(props) = &members else { unreachable!("an object was written") };
+            proptest::prop_assert_eq!(&parse::<Value>(&print(props)).expect("what was printed"), &members);
+        }
+    }
 }

@@ -99,7 +99,8 @@ pub fn plan_machine(
             .place(configs[index].clone(), host, qemu, Moment::Cold, false)
             .map_err(|refusal| (index, refusal))?;
     }
-    let position = |placed: &Placed| configs.iter().position(|c| c.id() == Some(&placed.id)).unwrap_or(usize::MAX);
+    let position =
+        |placed: &Placed| configs.iter().position(|c| c.id() == Some(&placed.id)).unwrap_or(usize::MAX);
     layout.devices.sort_by_key(|placed| (placed.config.rank(), position(placed)));
     layout.reserved.clear();
     Ok(layout)
@@ -315,7 +316,12 @@ impl Layout {
     }
 
     /// The first label that no device has and nobody asks for.
-    fn free_label(&self, id: &DeviceId, disk: &DiskConfig, asked: &BTreeSet<Label>) -> Result<Label, Refusal> {
+    fn free_label(
+        &self,
+        id: &DeviceId,
+        disk: &DiskConfig,
+        asked: &BTreeSet<Label>,
+    ) -> Result<Label, Refusal> {
         let prefix = disk.label_prefix();
         let held: BTreeSet<&Label> = self.devices.iter().filter_map(Placed::label).chain(asked).collect();
         let mut labels = (0..Label::COUNT).filter_map(|n| Label::numbered(prefix, n));
@@ -367,7 +373,9 @@ impl Layout {
             Seat::Pci(_) | Seat::Isa => None,
         };
         let Some(mut config) = config else { return Ok(()) };
-        config.set_id(free_id(config.id_prefix(), |other| other == id || self.has_id(other) || self.reserved.contains(other)));
+        config.set_id(free_id(config.id_prefix(), |other| {
+            other == id || self.has_id(other) || self.reserved.contains(other)
+        }));
         self.place(config, host, qemu, moment, true).map(drop)
     }
 

@@ -98,9 +98,12 @@ impl NicConfig {
         };
         let next = "write exactly one of user = true, tap, bridge or vhost_user (tap beside bridge names the tap to make)";
         let Some(path) = self.path() else {
-            let nothing = !self.user && self.tap.is_none() && self.bridge.is_none() && self.vhost_user.is_none();
+            let nothing =
+                !self.user && self.tap.is_none() && self.bridge.is_none() && self.vhost_user.is_none();
             return match nothing {
-                true => Err(Refusal::Missing { id: id.clone(), key: "user, tap, bridge or vhost_user", next }),
+                true => {
+                    Err(Refusal::Missing { id: id.clone(), key: "user, tap, bridge or vhost_user", next })
+                }
                 false => misplaced("user, tap, bridge, vhost_user", "one another", next),
             };
         };
@@ -113,7 +116,11 @@ impl NicConfig {
                 return misplaced("vhost", "this kind of NIC", "vhost-net needs tap or bridge");
             }
             _ if self.openvswitch && self.bridge.is_none() => {
-                return misplaced("openvswitch", "a NIC without `bridge`", "name the Open vSwitch bridge: bridge = \"...\"");
+                return misplaced(
+                    "openvswitch",
+                    "a NIC without `bridge`",
+                    "name the Open vSwitch bridge: bridge = \"...\"",
+                );
             }
             _ if self.vlan.is_some() && !self.openvswitch => {
                 return misplaced("vlan", "a bridge that is not Open vSwitch's", "write openvswitch = true");

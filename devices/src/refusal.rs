@@ -87,7 +87,9 @@ pub enum Refusal {
         rule: String,
     },
     /// The image's chain is not known: the launcher did not look, or could not.
-    #[error("{id}: nothing is known of image {path}: it does not exist or cannot be read; check the path and the rights on it")]
+    #[error(
+        "{id}: nothing is known of image {path}: it does not exist or cannot be read; check the path and the rights on it"
+    )]
     UnknownImage {
         /// The disk.
         id: DeviceId,
@@ -133,7 +135,9 @@ pub enum Refusal {
         iothread: DeviceId,
     },
     /// Two devices of one boot index.
-    #[error("{id}: bootindex {index} is that of {holder}: each device that boots has its own; choose another")]
+    #[error(
+        "{id}: bootindex {index} is that of {holder}: each device that boots has its own; choose another"
+    )]
     BootIndexTaken {
         /// The device.
         id: DeviceId,

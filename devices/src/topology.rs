@@ -114,6 +114,18 @@ pub enum TopologyError {
         /// The slot.
         slot: u8,
     },
+    /// A function of a slot that the guest would not look for.
+    #[error(
+        "seat {address} is not function 0: a guest looks for the others only in a device of several functions; write {bus}:{slot:02x}.0"
+    )]
+    NotFunctionZero {
+        /// The wish.
+        address: Address,
+        /// Its bus.
+        bus: String,
+        /// Its slot.
+        slot: u8,
+    },
     /// The controller of the wish is not there.
     #[error(
         "there is no virtio-scsi controller {index}: leave the controller out to have one made, or write [[scsi_controller]]"
@@ -352,6 +364,10 @@ impl Topology {
             PciSeat::Root(..) | PciSeat::Bridge(..) if moment == Moment::Hot => {
                 return Err(TopologyError::NotHot { address });
             }
+            PciSeat::Root(slot, function) | PciSeat::Bridge(_, slot, function) if function.0 != 0 => {
+                let bus = wish.bus().to_owned();
+                return Err(TopologyError::NotFunctionZero { address, bus, slot: slot.0 });
+            }
             PciSeat::Root(slot, _) if !DEVICE_SLOTS.contains(&slot.0) => {
                 return Err(TopologyError::ReservedSlot { slot: slot.0 });
             }
@@ -398,7 +414,9 @@ impl Topology {
             .map(|p| p.id.to_string())
             .chain(self.bridges.iter().map(|b| format!("{}:SLOT.0", b.id)));
         let known = match buses.collect::<Vec<_>>().join(", ") {
-            _ if self.grows && moment == Moment::Cold => "rp1 to rp240, made as they are asked for".to_owned(),
+            _ if self.grows && moment == Moment::Cold => {
+                "rp1 to rp240, made as they are asked for".to_owned()
+            }
             none if none.is_empty() => "none".to_owned(),
             known => known,
         };
@@ -443,7 +461,9 @@ impl Topology {
         let controllers: Vec<u8> = match controller {
             Some(index) if self.scsi.contains_key(&index) => vec![index],
             Some(index) => return Err(TopologyError::NoController { index }),
-            None => self.scsi.iter().filter(|(_, id)| !self.is_leaving(id)).map(|(index, _)| *index).collect(),
+            None => {
+                self.scsi.iter().filter(|(_, id)| !self.is_leaving(id)).map(|(index, _)| *index).collect()
+            }
         };
         let free = |a: &ScsiAddress| !self.taken.contains_key(&Address::Scsi(*a));
         let unused = |c: u8, t: u8| {

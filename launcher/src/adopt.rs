@@ -86,8 +86,11 @@ pub async fn adopt(folders: &Folders, vm: &VmName) -> Result<(Born, bool), Adopt
     let files = folders.vm(vm)?;
     let owner_lock = OfdLock::try_acquire(&files.owner())?.ok_or_else(|| AdoptError::Owned { vm: vm.clone() })?;
     let launch = Launch::load(&files.launch())?;
-    let (journal, entries) = Journal::<Entry>::open(&files.journal(), vm)?;
+    let (mut journal, entries) = Journal::<Entry>::open(&files.journal(), vm)?;
     let memory = Memory::of(entries);
+    if let Err(error) = journal.rewrite(&memory.entries()) {
+        warn!(%vm, %error, "the journal could not be made shorter; it goes on as it is");
+    }
     let process = process_of(vm, &files, memory.identity.as_ref())?;
     let failed = |cause| AdoptError::Qemu { vm: vm.clone(), cause };
     let (qmp, events) = connect(&files.qmp(), &process).await.map_err(failed)?;
@@ -103,7 +106,7 @@ pub async fn adopt(folders: &Folders, vm: &VmName) -> Result<(Born, bool), Adopt
     let log = log_file(folders, vm);
     info!(%vm, pid = process.pid(), devices = layout.devices().len(), "adopted");
     let unfinished = !memory.live;
-    Ok((Born { launch, log, process, events, shop, layout, stages, owner_lock, life: None }, unfinished))
+    Ok((Born { launch, log, process, events, shop, layout, stages, faults: memory.faults, owner_lock, life: None }, unfinished))
 }
 
 /// Compares the journal with QEMU, finishes or undoes what was interrupted.

@@ -78,10 +78,11 @@ pub fn chain(path: &str, format: Option<Format>) -> Result<Vec<Layer>, ImageErro
     let mut layers: Vec<Layer> = Vec::new();
     let mut next = Some((path.to_owned(), format));
     while let Some((layer_path, format)) = next.take() {
-        let (layer, backing) = layer(&layer_path, format, &layers).map_err(|error| match layers.is_empty() {
-            true => error,
-            false => ImageError::Below { top: path.into(), source: Box::new(error) },
-        })?;
+        let (layer, backing) =
+            layer(&layer_path, format, &layers).map_err(|error| match layers.is_empty() {
+                true => error,
+                false => ImageError::Below { top: path.into(), source: Box::new(error) },
+            })?;
         layers.push(layer);
         next = backing.map(|(path, format)| (path, Some(format)));
     }
@@ -169,9 +170,13 @@ fn backing(file: &File, path: &Path) -> Result<Option<(String, Format)>, ImageEr
     let name = read_at(file, offset, length as usize).map_err(failed)?;
     let name = String::from_utf8(name).map_err(|_| not_qcow2("its backing file's name is not UTF-8"))?;
     let format = backing_format(file, extensions, offset).map_err(failed)?;
-    let Some(format) = format else { return Err(ImageError::BackingFormat { path: path.to_owned(), backing: name }) };
+    let Some(format) = format else {
+        return Err(ImageError::BackingFormat { path: path.to_owned(), backing: name });
+    };
     let refused = |reason| ImageError::Backing { path: path.to_owned(), backing: name.clone(), reason };
-    let format: Format = format.parse().map_err(|_| refused("its format is neither raw nor qcow2; `qemu-img convert` makes it one of them"))?;
+    let format: Format = format.parse().map_err(|_| {
+        refused("its format is neither raw nor qcow2; `qemu-img convert` makes it one of them")
+    })?;
     if name.starts_with("json:") {
         return Err(refused("a `json:` name can open anything; rebase the image onto a plain path"));
     }
@@ -184,7 +189,9 @@ fn backing(file: &File, path: &Path) -> Result<Option<(String, Format)>, ImageEr
 fn backing_format(file: &File, mut at: u64, end: u64) -> io::Result<Option<String>> {
     while at + 8 <= end {
         let head = read_at(file, at, 8)?;
-        let Some((kind, length)) = head.split_first_chunk::<4>().and_then(|(k, rest)| Some((k, rest.first_chunk::<4>()?))) else {
+        let Some((kind, length)) =
+            head.split_first_chunk::<4>().and_then(|(k, rest)| Some((k, rest.first_chunk::<4>()?)))
+        else {
             return Ok(None);
         };
         let (kind, length) = (u32::from_be_bytes(*kind), u32::from_be_bytes(*length));

@@ -189,7 +189,7 @@ impl Launching<'_> {
             unreachable!("each was set by a step above");
         };
         let shop = Workshop { journal, host, qmp };
-        Ok(Born { launch, log: self.log.clone(), process, events, shop, layout, stages, owner_lock, life: Some(life) })
+        Ok(Born { launch, log: self.log.clone(), process, events, shop, layout, stages, faults: BTreeMap::new(), owner_lock, life: Some(life) })
     }
 
     /// Journals every device, then meets its needs; gives the descriptors that QEMU is to inherit.

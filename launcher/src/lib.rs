@@ -1,27 +1,40 @@
-//! The owner of a QEMU virtual machine.
+//! The owner of a QEMU virtual machine, and the command line that talks to it.
+//!
+//! ```text
+//!  config ---> blueprint ---> launch ---> owner <--- control <--- cli, and any QMP client
+//!  (TOML)      (seats)        (QEMU)      | work (attach, detach, undo)
+//!                             adopt ------+ record, journal, lease, locks (what outlives an owner)
+//! ```
+//!
+//! One process per VM, `qvirt run`, launches QEMU and owns it. `config` reads a VM file, `blueprint` plans it against this QEMU (`probe`),
+//! `launch` starts it step by step with undo, and `owner` is the one task that everything changeable belongs to. `control` serves clients in
+//! QMP; `policy` says which raw commands pass. `work` makes and unmakes devices; `host` is what they need of this machine. `adopt`
+//! takes over a VM whose owner died, and clears up behind a dead one, from `record` and `journal`. `cli` is one client among others.
+//!
+//! No device option is spelled here: that is the `devices` crate's. No QMP is framed here: that is `qmp-client`'s.
 
 pub mod accel;
+pub mod adopt;
 pub mod blueprint;
+pub mod cli;
 pub mod config;
 pub mod console;
+pub mod control;
+pub mod edit;
 pub mod folders;
 pub mod host;
 pub mod image;
+pub mod injection;
 pub mod journal;
+pub mod launch;
 pub mod lease;
 pub mod locks;
+pub mod owner;
+pub mod policy;
 pub mod probe;
 pub mod process;
-pub mod injection;
 pub mod quirks;
 pub mod record;
 pub mod request;
 pub mod status;
 pub mod work;
-pub mod control;
-pub mod policy;
-pub mod owner;
-pub mod adopt;
-pub mod launch;
-pub mod cli;
-pub mod edit;

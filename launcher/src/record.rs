@@ -14,6 +14,7 @@ use thiserror::Error;
 
 use crate::folders::{VmName, WriteError, write_volatile};
 use crate::process::Identity;
+use crate::status::IoFault;
 
 /// Format of the record and of the journal's entries. A newer one is refused, older ones are read.
 pub const FORMAT: u32 = 1;
@@ -127,6 +128,13 @@ pub enum Entry {
         /// The stage.
         stage: Stage,
     },
+    /// A disk has failed: the last error, so that a later owner knows of it.
+    Fault {
+        /// The device.
+        id: DeviceId,
+        /// What happened.
+        fault: Box<IoFault>,
+    },
     /// Nothing of the device is left.
     Gone {
         /// The device.
@@ -145,6 +153,8 @@ pub struct Memory {
     pub devices: Vec<(Placed, Stage)>,
     /// Devices that came and went: their generations must not be used again.
     pub gone: BTreeMap<DeviceId, Placed>,
+    /// I/O errors of devices.
+    pub faults: BTreeMap<DeviceId, IoFault>,
 }
 
 impl Memory {
@@ -162,12 +172,26 @@ impl Memory {
                 Entry::Stage { id, stage } => {
                     memory.devices.iter_mut().filter(|(d, _)| d.id == id).for_each(|(_, s)| *s = stage);
                 }
+                Entry::Fault { id, fault } => drop(memory.faults.insert(id, *fault)),
                 Entry::Gone { id } => {
+                    memory.faults.remove(&id);
                     let gone = memory.devices.extract_if(.., |(device, _)| device.id == id);
                     memory.gone.extend(gone.map(|(device, _)| (device.id.clone(), device)));
                 }
             }
         }
         memory
+    }
+
+    /// The fewest entries that fold into the same.
+    pub fn entries(&self) -> Vec<Entry> {
+        let device = |device: &Placed| Entry::Device(Box::new(device.clone()));
+        let gone = self.gone.values().flat_map(|d| [device(d), Entry::Gone { id: d.id.clone() }]);
+        let here = self.devices.iter().map(|(d, _)| device(d));
+        let stages = self.devices.iter().map(|(d, stage)| Entry::Stage { id: d.id.clone(), stage: *stage });
+        let faults = self.faults.iter().map(|(id, fault)| Entry::Fault { id: id.clone(), fault: Box::new(fault.clone()) });
+        let started = self.identity.iter().cloned().map(Entry::Started);
+        // After `live`, which makes every device before it whole.
+        gone.chain(here).chain(started).chain(self.live.then_some(Entry::Live)).chain(stages).chain(faults).collect()
     }
 }

@@ -141,6 +141,8 @@ pub struct Status {
     pub run: VmState,
     /// QEMU's process.
     pub pid: u32,
+    /// The owner's process.
+    pub owner_pid: u32,
     /// QEMU's version.
     pub qemu: String,
     /// The accelerator, and why it was picked.

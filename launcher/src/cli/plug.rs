@@ -168,14 +168,12 @@ async fn added(folders: &Folders, vm: &VmName, device: &mut DeviceConfig) -> Res
     };
     let (_, config) = with(device)?;
     let table = device.table();
-    let same_kind = config.devices.iter().enumerate().filter(|(_, d)| d.table() == table);
-    let position = same_kind.map(|(index, _)| index).next_back();
     let blueprint = Blueprint::draw(config, folders).await.map_err(|error| Problem { exit: Exit::Refused as u8, ..error.into() })?;
     if device.id().is_none() {
-        let ids = blueprint.layout.devices().iter().filter(|d| d.config.table() == table && !d.on_demand).map(|d| &d.id);
-        let known: Vec<_> = blueprint.config.devices.iter().filter_map(DeviceConfig::id).collect();
-        if let (Some(_), Some(id)) = (position, ids.filter(|id| !known.contains(id)).next_back()) {
-            device.set_id(id.clone());
+        // The new device is the last of its kind in the file, and so of those that were placed because they stand there.
+        let mut placed = blueprint.layout.devices().iter().filter(|d| d.config.table() == table && !d.on_demand);
+        if let Some(new) = placed.next_back() {
+            device.set_id(new.id.clone());
         }
     }
     Ok(with(device)?.0)

@@ -58,7 +58,7 @@ pub fn status(status: &Status) -> io::Result<()> {
     writeln!(out, "name:     {}", status.vm)?;
     writeln!(out, "state:    {}", status.run)?;
     writeln!(out, "uptime:   {}", uptime(status.since_unix_secs))?;
-    writeln!(out, "pid:      {}", status.pid)?;
+    writeln!(out, "pid:      {} (owner {})", status.pid, status.owner_pid)?;
     writeln!(out, "uuid:     {}", status.uuid)?;
     writeln!(out, "qemu:     {}", status.qemu)?;
     writeln!(out, "accel:    {}", status.accel)?;

@@ -230,6 +230,7 @@ impl Owner {
         let asked = self.farewell.is_ending() || self.farewell.signals > 0;
         let in_order = asked || (cause.is_some() && exit.success()) || matches!(exit, Exit::Gone);
         let reason = match &cause {
+            Some(cause) if exit.success() || exit == Exit::Gone => cause.clone(),
             Some(cause) => format!("{cause}; QEMU {}", exit_words(&exit)),
             None => format!("QEMU {}", exit_words(&exit)),
         };

@@ -60,6 +60,8 @@ pub struct Born {
     pub layout: Layout,
     /// Where each device is in its life.
     pub stages: BTreeMap<DeviceId, Stage>,
+    /// I/O errors that a former owner saw.
+    pub faults: BTreeMap<DeviceId, IoFault>,
     /// Held as long as this process owns the VM.
     pub owner_lock: OfdLock,
     /// Held as long as this process or QEMU lives; an adopting owner has none of its own.
@@ -96,6 +98,8 @@ pub struct Owner {
     early: BTreeSet<DeviceId>,
     ptys: BTreeMap<String, String>,
     faults: BTreeMap<DeviceId, IoFault>,
+    /// Devices whose faults the journal does not know yet.
+    unwritten: BTreeSet<DeviceId>,
     /// Which device uses a node, as last seen.
     nodes: BTreeMap<String, DeviceId>,
     /// I/O errors of nodes that were not seen yet, with their times.
@@ -156,7 +160,8 @@ impl Owner {
             departures,
             early: BTreeSet::new(),
             ptys: BTreeMap::new(),
-            faults: BTreeMap::new(),
+            faults: born.faults,
+            unwritten: BTreeSet::new(),
             nodes: BTreeMap::new(),
             unmatched: Vec::new(),
             foreign: Vec::new(),
@@ -281,6 +286,7 @@ impl Owner {
         if let Err(error) = keep_under_cap(&self.log) {
             warn!(log = ?self.log, %error, "QEMU's log could not be kept under its cap");
         }
+        self.write_faults();
         if !self.departures.is_empty() {
             self.look();
         }
@@ -336,6 +342,7 @@ fn head(launch: &Launch) -> Status {
         uuid: launch.machine.uuid.clone(),
         run: VmState::Starting,
         pid: 0,
+        owner_pid: std::process::id(),
         qemu: launch.qemu.version.clone(),
         accel: launch.accel_reason.clone(),
         since_unix_secs: launch.since_unix_secs,

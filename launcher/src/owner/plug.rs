@@ -230,8 +230,12 @@ impl Owner {
                 self.forget(&part.id);
             }
         }
-        let class = if is_refusal(&error.source) { Class::Refused } else { Class::Generic };
-        let _ = reply.send(Err(Failure::of(class, error)));
+        let failure = if is_refusal(&error.source) {
+            Failure::new(Class::Refused, format!("{}: {}", error.id, crate::request::chain(&error.source)))
+        } else {
+            Failure::of(Class::Generic, error)
+        };
+        let _ = reply.send(Err(failure));
         self.look();
     }
 

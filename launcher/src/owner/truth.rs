@@ -48,9 +48,8 @@ async fn look_for(qmp: Qmp, known: Vec<String>) -> Truth {
             None
         }
     };
-    let mut truth = Truth::default();
-    truth.run = ask("query-status", Value::Null).await.and_then(|v| v["status"].as_str().map(str::to_owned));
-    truth.peripherals = crate::work::peripherals(&qmp).await.ok();
+    let run = ask("query-status", Value::Null).await.and_then(|v| v["status"].as_str().map(str::to_owned));
+    let mut truth = Truth { run, peripherals: crate::work::peripherals(&qmp).await.ok(), ..Truth::default() };
     let unknown = truth.peripherals.iter().flatten().filter(|id| !known.contains(id)).filter(|_| !known.is_empty());
     for id in unknown {
         let get = async |property: &str| {
@@ -214,8 +213,23 @@ impl Owner {
                 "nospace": fault.nospace,
             }));
         }
-        self.faults.insert(id, fault);
+        let is_first = former.is_none();
+        self.faults.insert(id.clone(), fault);
+        self.unwritten.insert(id);
+        if is_first {
+            self.write_faults();
+        }
         true
+    }
+
+    /// Journals faults: the first of a device at once, further ones now and then, since there may be thousands a second.
+    pub(super) fn write_faults(&mut self) {
+        let Some(shop) = &mut self.shop else { return };
+        for id in std::mem::take(&mut self.unwritten) {
+            if let Some(fault) = self.faults.get(&id) {
+                shop.note(&crate::record::Entry::Fault { id, fault: Box::new(fault.clone()) });
+            }
+        }
     }
 
     /// QEMU says, or was seen, not to have a device any more.
