@@ -179,6 +179,8 @@ impl Owner {
         };
         let truth = truth::look(qmp.clone()).await;
         owner.learn(truth);
+        // An attach that was interrupted may have left a controller that nobody uses.
+        owner.dismiss_unused();
         owner.publish();
         (owner, Handle { status: watch, requests: sender, events, qmp })
     }

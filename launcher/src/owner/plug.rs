@@ -279,7 +279,7 @@ impl Owner {
     }
 
     /// A controller that was made for other devices leaves with the last of them.
-    fn dismiss_unused(&mut self) {
+    pub(super) fn dismiss_unused(&mut self) {
         let unused = |d: &&Placed| {
             d.on_demand && self.stages.get(&d.id) == Some(&Stage::Present) && self.layout.can_leave(d).is_ok()
         };

@@ -1,0 +1,170 @@
+//! One case: its file, the images that it asks for in a folder of its own, and the comparison with what is expected.
+//!
+//! Lines that begin with `#!` prepare the folder and the host: `raw NAME`, `qcow2 NAME [BACKING [FORMAT]]`, `text NAME WORD`,
+//! `folder NAME`, `block NAME` (a file that counts as a block device), `no-kvm`, `no-json-options`, `detach ID`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use devices::capabilities::Capabilities;
+use launcher::accel::{HostFacts, KvmNode, Virtualization};
+use launcher::folders::{Folders, VmFiles};
+use tempfile::TempDir;
+
+use crate::recorded::Recorded;
+
+/// A case in a folder of its own, which goes away with it.
+pub struct Case {
+    /// The file's name without `.toml`.
+    pub name: String,
+    /// The VM file, in the folder.
+    pub config: PathBuf,
+    directives: Vec<Vec<String>>,
+    dir: TempDir,
+}
+
+/// Folder `kind` of the cases.
+pub fn folder(kind: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(kind)
+}
+
+/// Names of all cases of a folder, sorted.
+pub fn names(kind: &str) -> Vec<String> {
+    let files = fs::read_dir(folder(kind)).expect("the folder of cases is there");
+    let names = files.map(|file| file.expect("it is readable").file_name().into_string().expect("in UTF-8"));
+    let mut names: Vec<String> = names.filter_map(|n| Some(n.strip_suffix(".toml")?.to_owned())).collect();
+    names.retain(|name| !name.ends_with(".device"));
+    names.sort();
+    names
+}
+
+impl Case {
+    /// The case `kind/name.toml`.
+    pub fn read(kind: &str, name: &str) -> Case {
+        let text =
+            fs::read_to_string(folder(kind).join(format!("{name}.toml"))).expect("the case is readable");
+        Case::of(name, &text)
+    }
+
+    /// A case by its text.
+    pub fn of(name: &str, text: &str) -> Case {
+        let dir = TempDir::with_prefix("qv").expect("a temporary folder");
+        let config = dir.path().join("vm.toml");
+        fs::write(&config, text).expect("the folder is writable");
+        let lines = text.lines().filter_map(|line| line.strip_prefix("#!"));
+        let directives = lines.map(|line| line.split_whitespace().map(str::to_owned).collect()).collect();
+        let case = Case { name: name.to_owned(), config, directives, dir };
+        case.prepare();
+        case
+    }
+
+    fn prepare(&self) {
+        for directive in &self.directives {
+            let words: Vec<&str> = directive.iter().map(String::as_str).collect();
+            let path = |name: &str| self.dir.path().join(name);
+            let written = match words[..] {
+                ["raw" | "block", name] => fs::write(path(name), [0; 512]),
+                ["text", name, word] => fs::write(path(name), word),
+                ["folder", name] => fs::create_dir(path(name)),
+                ["qcow2", name] => fs::write(path(name), qcow2(None, None)),
+                ["qcow2", name, backing] => fs::write(path(name), qcow2(Some(backing), None)),
+                ["qcow2", name, backing, format] => fs::write(path(name), qcow2(Some(backing), Some(format))),
+                ["no-kvm" | "no-json-options"] | ["detach", _] => Ok(()),
+                _ => panic!("{}: directive {directive:?} is unknown", self.name),
+            };
+            written.expect("the folder is writable");
+        }
+    }
+
+    fn says(&self, word: &str) -> bool {
+        self.directives.iter().any(|directive| directive[0] == word)
+    }
+
+    /// What follows a directive, each time it stands there.
+    pub fn said(&self, word: &str) -> Vec<String> {
+        let said = self.directives.iter().filter(|directive| directive[0] == word);
+        said.filter_map(|directive| directive.get(1).cloned()).collect()
+    }
+
+    /// A host whose accelerators do not depend on where the test runs.
+    pub fn host(&self) -> HostFacts {
+        let kvm = if self.says("no-kvm") { KvmNode::Missing } else { KvmNode::Usable };
+        HostFacts { virtualization: Virtualization::Vmx, kvm }
+    }
+
+    /// What the QEMU of this case can do.
+    pub fn capabilities(&self, qemu: &Recorded) -> Capabilities {
+        if self.says("no-json-options") { qemu.without_json_options() } else { qemu.capabilities.clone() }
+    }
+
+    /// A file in the case's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// The runtime files of the case's VM.
+    pub fn files(&self, vm: &launcher::folders::VmName) -> VmFiles {
+        let root = self.dir.path().as_os_str().to_owned();
+        let folders = Folders::from_env(false, |name| (name == "QVIRT_ROOT").then(|| root.clone()));
+        folders.and_then(|folders| folders.vm(vm)).expect("the folder's path is short")
+    }
+
+    /// `text` without the name of the folder.
+    pub fn normal(&self, text: &str) -> String {
+        text.replace(self.dir.path().to_str().expect("a temporary folder's name is ASCII"), "$DIR")
+    }
+}
+
+/// The header of a qcow2 image, version 3, as far as chains are concerned.
+fn qcow2(backing: Option<&str>, format: Option<&str>) -> Vec<u8> {
+    let mut extensions = Vec::new();
+    if let Some(format) = format {
+        extensions.extend(0xe279_2aca_u32.to_be_bytes());
+        extensions.extend(u32::try_from(format.len()).expect("it is short").to_be_bytes());
+        extensions.extend(format.bytes());
+        extensions.resize(extensions.len().next_multiple_of(8), 0);
+    }
+    extensions.extend([0; 8]);
+    let mut image = vec![0; 104];
+    image[..4].copy_from_slice(b"QFI\xfb");
+    image[4..8].copy_from_slice(&3_u32.to_be_bytes());
+    image[100..104].copy_from_slice(&104_u32.to_be_bytes());
+    image.extend(extensions);
+    if let Some(backing) = backing {
+        let offset = u64::try_from(image.len()).expect("it is short");
+        image[8..16].copy_from_slice(&offset.to_be_bytes());
+        image[16..20].copy_from_slice(&u32::try_from(backing.len()).expect("it is short").to_be_bytes());
+        image.extend(backing.bytes());
+    }
+    image
+}
+
+/// Compares with the expectation `file`, or writes it when `UPDATE` is set; `None` is that there is none. Gives what differs.
+pub fn compare(file: &Path, actual: Option<&str>) -> Result<(), String> {
+    if std::env::var_os("UPDATE").is_some() {
+        return match actual {
+            Some(actual) => fs::write(file, actual),
+            None if file.exists() => fs::remove_file(file),
+            None => Ok(()),
+        }
+        .map_err(|error| format!("{}: {error}", file.display()));
+    }
+    let expected = fs::read_to_string(file).ok();
+    if expected.as_deref() == actual {
+        return Ok(());
+    }
+    let none = "(nothing)";
+    let (expected, actual) = (expected.as_deref().unwrap_or(none), actual.unwrap_or(none));
+    let pairs = expected.lines().zip(actual.lines());
+    let first = pairs.enumerate().find(|(_, (e, a))| e != a).map_or(0, |(line, _)| line + 1);
+    Err(format!(
+        "{} differs, first in line {first} (0: in length)\n--- expected\n{expected}\n--- actual\n{actual}\nUPDATE=1 writes it anew",
+        file.display()
+    ))
+}
+
+/// Fails with every difference, not only the first.
+pub fn all_good(results: impl IntoIterator<Item = Result<(), String>>) {
+    let wrong: Vec<String> = results.into_iter().filter_map(Result::err).collect();
+    assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+}

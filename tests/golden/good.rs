@@ -1,0 +1,242 @@
+//! Cases that work: command lines and hot-plugs, compared with their expectations and checked against both recorded QEMUs.
+
+use std::collections::BTreeSet;
+
+use devices::disk::{Aio, Cache, Discard, ErrorPolicy};
+use devices::spec::Numbers;
+use devices::topology::Topology;
+use devices::{DeviceConfig, Layout, Moment, plan, plan_machine};
+use launcher::blueprint::{Blueprint, facts};
+use launcher::config::{VmConfig, read_device};
+use serde_json::{Value, json};
+
+use crate::case::{Case, all_good, compare, folder, names};
+use crate::recorded::{QEMU_7_2, QEMU_10_0, Recorded};
+use crate::schema::Schema;
+
+/// A case, planned for one QEMU.
+struct Drawn {
+    argv: Vec<[String; 2]>,
+    argv_text: String,
+    qmp: Vec<Value>,
+    qmp_text: String,
+}
+
+fn draw(case: &Case, qemu: &Recorded) -> Drawn {
+    let config = VmConfig::read(&case.config).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+    let files = case.files(&config.name);
+    let own_uuid = config.uuid.is_none();
+    let drawn =
+        Blueprint::draw_for(config, "/usr/bin/qemu".into(), case.capabilities(qemu), &case.host(), &files);
+    let mut blueprint = drawn.unwrap_or_else(|e| panic!("{} for QEMU {}: {e}", case.name, qemu.version));
+    if own_uuid {
+        blueprint.machine.uuid = "$UUID".to_owned();
+    }
+    use_block_devices(case, &mut blueprint);
+    let argv = pairs(&blueprint.argv(["qmp", "rescue"], &Numbers::new()));
+    let argv_text: String = argv.iter().map(|[option, value]| format!("{option} {value}\n")).collect();
+    let (qmp, qmp_text) = hot_plugs(case, &blueprint);
+    let normal = |text: String| {
+        let mine = format!("-machine pc-q35-{}", qemu.version);
+        case.normal(&text).replace(" \n", "\n").replace(&mine, "-machine pc-q35-$VERSION")
+    };
+    Drawn { argv, argv_text: normal(argv_text), qmp, qmp_text: normal(qmp_text) }
+}
+
+/// Options with their values; a word that is none begins with `-`.
+fn pairs(words: &[String]) -> Vec<[String; 2]> {
+    let mut pairs: Vec<[String; 2]> = Vec::new();
+    for word in words {
+        match pairs.last_mut().filter(|_| !word.starts_with('-')) {
+            Some([_, value]) => value.push_str(word),
+            None => pairs.push([word.clone(), String::new()]),
+        }
+    }
+    pairs
+}
+
+/// Plans anew with files that count as block devices: a real one would need root.
+fn use_block_devices(case: &Case, blueprint: &mut Blueprint) {
+    let devices = case.said("block");
+    if devices.is_empty() {
+        return;
+    }
+    let config = &blueprint.config;
+    let mut host = devices::host::HostFacts::default();
+    for device in &config.devices {
+        let known = facts(device, case.files(&config.name).dir()).expect("it was looked at before");
+        host.run_dir = known.run_dir;
+        host.chains.extend(known.chains);
+    }
+    for layer in host.chains.values_mut().flatten() {
+        layer.block_device = devices.iter().any(|name| case.path(name).to_str() == Some(&layer.path));
+    }
+    let empty = Layout::new(config.name.as_str(), false, Topology::growing(config.pcie.pref64_reserve));
+    let mut layout = plan_machine(empty, &config.devices, &host, &blueprint.qemu).expect("planned before");
+    let spare = blueprint.layout.topology().ports().len() - layout.topology().ports().len();
+    layout.topology_mut().add_spare(u16::try_from(spare).expect("few")).expect("there was room before");
+    blueprint.layout = layout;
+}
+
+/// Each device plugged into the machine without it, and the device of `NAME.device.toml` into the whole machine.
+fn hot_plugs(case: &Case, blueprint: &Blueprint) -> (Vec<Value>, String) {
+    let (mut calls, mut text) = (Vec::new(), String::new());
+    let mut show = |title: &str, config: &DeviceConfig, layout: &Layout| {
+        let mut host =
+            facts(config, case.files(&blueprint.config.name).dir()).expect("it was looked at before");
+        for layer in host.chains.values_mut().flatten() {
+            layer.block_device =
+                case.said("block").iter().any(|n| case.path(n).to_str() == Some(&layer.path));
+        }
+        let plan = match plan(config, layout, &host, &blueprint.qemu, Moment::Hot) {
+            Ok(plan) => plan,
+            Err(refusal) => return text.push_str(&format!("# {title} is refused: {refusal}\n")),
+        };
+        for part in plan.parts {
+            text.push_str(&headline(&part));
+            for call in part.spec.calls() {
+                let call = json!({"execute": call.execute, "arguments": call.arguments});
+                text.push_str(&format!("{call}\n"));
+                calls.push(call);
+            }
+        }
+    };
+    let mut kept = String::new();
+    for placed in blueprint.layout.devices() {
+        match without(&blueprint.layout, &blueprint.config, placed) {
+            Ok(layout) => show(placed.id.as_str(), &as_written(&blueprint.config, placed), &layout),
+            Err(refusal) => kept.push_str(&format!("# {} stays: {refusal}\n", placed.id)),
+        }
+    }
+    let device = folder("cases").join(format!("{}.device.toml", case.name));
+    if device.exists() {
+        let copy = case.path("device.toml");
+        std::fs::copy(device, &copy).expect("the folder is writable");
+        let config = read_device(&copy).expect("the device file is right");
+        show(&format!("{}.device.toml", case.name), &config, &blueprint.layout);
+    }
+    (calls, kept + &text)
+}
+
+/// What is not said in QMP: label, seat, and what the launcher has to prepare.
+fn headline(part: &devices::Placed) -> String {
+    let label = part.label().map(|label| format!(", {label}")).unwrap_or_default();
+    let seat = part.address.as_ref().map(|address| format!(" at {address}")).unwrap_or_default();
+    let mut line = format!("# {}{label}{seat}\n", part.id);
+    for need in &part.needs {
+        line.push_str(&format!("# needs {}\n", serde_json::to_value(need).expect("needs are plain data")));
+    }
+    line
+}
+
+/// The device as the file has it, with the id that it got.
+fn as_written(config: &VmConfig, placed: &devices::Placed) -> DeviceConfig {
+    let written = config.devices.iter().find(|d| d.id() == Some(&placed.id));
+    written.unwrap_or(&placed.config).clone()
+}
+
+/// The same machine without one device, put together from its parts as an adoption does it.
+fn without(
+    layout: &Layout,
+    config: &VmConfig,
+    leaving: &devices::Placed,
+) -> Result<Layout, devices::Refusal> {
+    layout.can_leave(leaving)?;
+    let (ports, bridges) = (layout.topology().ports().to_vec(), layout.topology().bridges().to_vec());
+    let topology = Topology::written_out(ports, bridges);
+    let mut rest = Layout::new(config.name.as_str(), config.memory.shared, topology);
+    for placed in layout.devices().iter().filter(|placed| placed.id != leaving.id) {
+        rest.restore(placed.clone()).expect("it had its seat before");
+    }
+    Ok(rest)
+}
+
+#[test]
+fn every_case_gives_what_is_expected() {
+    let mut results = Vec::new();
+    for name in names("cases") {
+        let case = Case::read("cases", &name);
+        let (new, old) = (draw(&case, &QEMU_10_0), draw(&case, &QEMU_7_2));
+        let mut check = |suffix: &str, text: Option<&str>| {
+            results.push(compare(&folder("cases").join(format!("{name}.{suffix}")), text));
+        };
+        check("argv", Some(&new.argv_text));
+        check("qmp", Some(&new.qmp_text));
+        check("argv.7.2", (old.argv_text != new.argv_text).then_some(&old.argv_text));
+        check("qmp.7.2", (old.qmp_text != new.qmp_text).then_some(&old.qmp_text));
+    }
+    all_good(results);
+}
+
+/// Everything that is JSON on a command line, and every QMP command, fits the recorded schema.
+#[test]
+fn every_case_fits_both_schemas() {
+    let mut results = Vec::new();
+    for qemu in [&*QEMU_10_0, &*QEMU_7_2] {
+        let schema = Schema::new(&qemu.schema);
+        for name in names("cases") {
+            let drawn = draw(&Case::read("cases", &name), qemu);
+            let check = |command: &str, arguments: &Value| {
+                let checked = schema.command(command, arguments, &qemu.capabilities);
+                checked.map_err(|reason| format!("{name} for QEMU {}: {reason}", qemu.version))
+            };
+            for [option, value] in drawn.argv.iter().filter(|[_, value]| value.starts_with('{')) {
+                let arguments: Value = serde_json::from_str(value).expect("a value in braces is JSON");
+                results.push(match option.as_str() {
+                    "-blockdev" => check("blockdev-add", &arguments),
+                    "-object" => check("object-add", &arguments),
+                    // Numbers of descriptors are words here, as names are in QMP.
+                    "-netdev" => check("netdev_add", &arguments),
+                    "-device" => check("device_add", &arguments),
+                    other => Err(format!("{name}: {other} has JSON, and no command is known for it")),
+                });
+            }
+            for call in &drawn.qmp {
+                results.push(check(call["execute"].as_str().unwrap_or(""), &call["arguments"]));
+            }
+        }
+    }
+    assert!(results.len() > 400, "only {} values were checked", results.len());
+    all_good(results);
+}
+
+/// What a device is on the command line, it is in QMP: where it gets the same seat again, the values are equal.
+#[test]
+fn command_line_and_qmp_agree() {
+    for name in names("cases").iter().filter(|name| !name.starts_with("old-")) {
+        let drawn = draw(&Case::read("cases", name), &QEMU_10_0);
+        let cold: BTreeSet<String> = drawn.argv.iter().map(|[_, value]| value.clone()).collect();
+        let added = drawn.qmp.iter().filter(|call| {
+            matches!(call["execute"].as_str(), Some("blockdev-add" | "object-add" | "netdev_add"))
+        });
+        for call in added {
+            let value = call["arguments"].to_string();
+            let of_device_file = folder("cases").join(format!("{name}.device.toml")).exists();
+            assert!(cold.contains(&value) || of_device_file, "{name}: {value} is not on the command line");
+        }
+    }
+}
+
+/// A value that the config knows has a case, or a reason why it cannot have one.
+#[test]
+fn every_word_of_a_disk_has_a_case() {
+    let argv: String =
+        names("cases").iter().map(|n| draw(&Case::read("cases", n), &QEMU_10_0).argv_text).collect();
+    let texts =
+        names("cases").into_iter().map(|n| std::fs::read_to_string(folder("cases").join(n + ".toml")));
+    let texts: String = texts.map(|text| text.expect("readable")).collect();
+    for cache in Cache::ALL {
+        assert!(texts.contains(&format!("cache = \"{cache}\"")), "no case has cache {cache}");
+    }
+    for aio in Aio::ALL {
+        assert!(argv.contains(&format!("\"aio\":\"{aio}\"")), "no case has aio {aio}");
+    }
+    for discard in Discard::ALL {
+        assert!(argv.contains(&format!("\"discard\":\"{discard}\"")), "no case has discard {discard}");
+    }
+    for policy in ErrorPolicy::ALL.iter().filter(|policy| **policy != ErrorPolicy::Retry) {
+        for key in ["rerror", "werror"] {
+            assert!(argv.contains(&format!("\"{key}\":\"{policy}\"")), "no case has {key} {policy}");
+        }
+    }
+}
