@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::text::words;
+use crate::units::Mac;
 
 words! {
     /// An image's format. Never probed: it stands in the config, or in the header of the overlay above.
@@ -65,6 +66,8 @@ pub enum HostNeed {
         descriptors: Vec<String>,
         /// The switch that it is plugged into.
         switch: Option<Switch>,
+        /// The guest's address; the host's side gets one derived from it, so that a bridge keeps its own.
+        mac: Mac,
     },
     /// `/dev/vhost-net`, opened once a queue.
     VhostNet {

@@ -440,6 +440,15 @@ impl Layout {
 }
 
 impl Placed {
+    /// What is behind it on the host, for people: an image, a bridge, a socket.
+    pub fn backing(&self) -> Option<String> {
+        let socket = self.needs.iter().find_map(|need| match need {
+            HostNeed::Socket { path } => Some(path.clone()),
+            _ => None,
+        });
+        self.config.backing().or(socket)
+    }
+
     /// A disk's target label.
     pub fn label(&self) -> Option<&Label> {
         match &self.config {

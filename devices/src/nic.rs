@@ -81,6 +81,10 @@ impl NicConfig {
         }
     }
 
+    fn mac(&self, vm: &str, id: &DeviceId) -> Mac {
+        self.mac.unwrap_or_else(|| Mac::derived(vm, id.as_str()))
+    }
+
     fn queues(&self) -> u16 {
         self.queues.unwrap_or(1)
     }
@@ -185,7 +189,8 @@ impl NicConfig {
     pub(crate) fn needs(&self, vm: &str, id: &DeviceId) -> Vec<HostNeed> {
         let Some(Path::Tap { switch }) = self.path() else { return Vec::new() };
         let name = self.tap_name(vm, id);
-        let mut needs = vec![HostNeed::Tap { name, descriptors: self.descriptors(id, "tap"), switch }];
+        let mac = self.mac(vm, id);
+        let mut needs = vec![HostNeed::Tap { name, descriptors: self.descriptors(id, "tap"), switch, mac }];
         if self.vhost {
             needs.push(HostNeed::VhostNet { descriptors: self.descriptors(id, "vhost") });
         }
@@ -208,7 +213,7 @@ impl NicConfig {
             "bus": seat.bus(),
             "addr": seat.addr(),
             "netdev": id.netdev(),
-            "mac": self.mac.unwrap_or_else(|| Mac::derived(vm, id.as_str())).to_string(),
+            "mac": self.mac(vm, id).to_string(),
             "mq": (queues > 1).then_some(true),
             // Two a queue pair, one for the configuration, one for the control queue.
             "vectors": (queues > 1).then_some(2 * u32::from(queues) + 2),

@@ -110,6 +110,13 @@ impl Mac {
     }
 }
 
+impl Mac {
+    /// Its six bytes.
+    pub const fn bytes(self) -> [u8; 6] {
+        self.0
+    }
+}
+
 impl FromStr for Mac {
     type Err = TextError;
 

@@ -20,6 +20,7 @@ use crate::locks::{LockError, OfdLock, probe};
 use crate::owner::Born;
 use crate::process::{Identity, Process, ProcessError};
 use crate::record::{Entry, Launch, Memory, RecordError, Stage};
+use crate::users;
 use crate::work::{Workshop, peripherals};
 
 /// What a VM's runtime folder says of it.
@@ -171,15 +172,9 @@ fn process_of(vm: &VmName, files: &VmFiles, identity: Option<&Identity>) -> Resu
     Process::adopt(&found)?.ok_or_else(|| AdoptError::Ended { vm: vm.clone() })
 }
 
-/// The process that has a file open, by /proc. Not ourselves.
+/// The process that has a file open. Not ourselves.
 fn holder_of(path: &Path) -> Option<Identity> {
-    let own = std::process::id();
-    let pids = std::fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let holds = |pid: &u32| {
-        let descriptors = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        descriptors.into_iter().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|target| target == path))
-    };
-    pids.filter(|pid| *pid != own).find(holds).and_then(|pid| Identity::of(pid).ok())
+    users::of(path).into_iter().find_map(|pid| Identity::of(pid).ok())
 }
 
 /// Undoes what a dead VM left on the host. Returns the ids of devices whose needs were given back.

@@ -1,8 +1,11 @@
-//! A seam for tests: makes one step of a launch, an attach or a detach fail, so that its undo can be seen to work.
+//! A seam for tests: makes one step of a launch, an attach, a detach or a clearing up fail, so that its undo can be seen to work, or ends the
+//! process there, so that adoption can.
 //!
-//! `QVIRT_FAIL_STEP=attach:7` fails the seventh step of every attach of this process; unset, as it always is outside of tests, nothing
-//! happens. The steps are counted where they are done, so a new step cannot be forgotten.
+//! `QVIRT_FAIL_STEP=attach:7` fails the seventh step of every attach of this process. `QVIRT_DIE_STEP=attach:7` kills this process with SIGKILL
+//! when that step begins, with no chance to undo or to say anything. Unset, as both always are outside of tests, nothing happens. The steps
+//! are counted where they are done, so a new step cannot be forgotten.
 
+use nix::sys::signal::{Signal, raise};
 use thiserror::Error;
 
 /// The failure that was asked for.
@@ -20,19 +23,27 @@ pub struct Steps {
     work: &'static str,
     done: u32,
     fail_at: Option<u32>,
+    die_at: Option<u32>,
 }
 
 impl Steps {
     /// Steps of `launch`, `attach`, `detach` or `clear`.
     pub fn of(work: &'static str) -> Steps {
-        let wish = std::env::var("QVIRT_FAIL_STEP").unwrap_or_default();
-        let number = wish.split_once(':').filter(|(name, _)| *name == work).and_then(|(_, n)| n.parse().ok());
-        Steps { work, done: 0, fail_at: number }
+        let wish = |variable: &str| {
+            let wish = std::env::var(variable).ok()?;
+            let (name, number) = wish.split_once(':')?;
+            number.parse().ok().filter(|_| name == work)
+        };
+        Steps { work, done: 0, fail_at: wish("QVIRT_FAIL_STEP"), die_at: wish("QVIRT_DIE_STEP") }
     }
 
     /// Begins the next step, or fails it.
     pub fn enter(&mut self, step: &'static str) -> Result<(), Injected> {
         self.done += 1;
+        if self.die_at == Some(self.done) {
+            // Nothing comes after it: SIGKILL cannot be refused.
+            let _ = raise(Signal::SIGKILL);
+        }
         match self.fail_at {
             Some(number) if number == self.done => Err(Injected { work: self.work, number, step }),
             _ => Ok(()),

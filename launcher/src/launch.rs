@@ -9,7 +9,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use devices::host::Access;
+use devices::host::{Access, HostNeed};
 use devices::spec::Numbers;
 use devices::{DeviceId, Placed};
 use nix::sys::signal::Signal;
@@ -29,6 +29,7 @@ use crate::owner::Born;
 use crate::process::{Process, ProcessError, Spawn, SpawnError, last_lines};
 use crate::record::{Entry, FORMAT, Launch, RecordError, Stage};
 use crate::work::{StepError, Workshop};
+use crate::{quirks, users};
 
 /// A step of a launch that failed.
 #[derive(Debug, Error)]
@@ -133,7 +134,10 @@ pub async fn launch(blueprint: Blueprint, folders: &Folders, paused: bool) -> Re
         Err(cause) => {
             let spawned = launching.process.is_some();
             launching.undo().await;
-            let last_words = if spawned { last_lines(&launching.log, 10) } else { String::new() };
+            let mut last_words = if spawned { last_lines(&launching.log, 10) } else { String::new() };
+            if quirks::is_locked(&last_words) {
+                last_words = format!("{last_words}\n{}", users::explain(images(blueprint.layout.devices())));
+            }
             Err(LaunchError { vm: vm.clone(), cause, last_words })
         }
     }
@@ -242,6 +246,12 @@ impl Launching<'_> {
             remove_folder(self.files.dir());
         }
     }
+}
+
+/// The images that devices need.
+pub fn images(devices: &[Placed]) -> impl Iterator<Item = &str> {
+    let needs = devices.iter().flat_map(|device| &device.needs);
+    needs.filter_map(|need| if let HostNeed::Image { path, .. } = need { Some(path.as_str()) } else { None })
 }
 
 /// Ends QEMU: SIGTERM so that it flushes, then SIGKILL.

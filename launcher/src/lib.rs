@@ -37,4 +37,5 @@ pub mod quirks;
 pub mod record;
 pub mod request;
 pub mod status;
+pub mod users;
 pub mod work;

@@ -37,6 +37,12 @@ pub fn is_absent(error: &QemuError) -> bool {
     error.class == "DeviceNotFound" || absent.iter().any(|text| error.desc.contains(text))
 }
 
+/// Whether an error says that another process has locked an image. Texts of QEMU 7.2 to 10.0, `raw_check_lock_bytes` in block/file-posix.c:
+/// "Failed to get \"write\" lock", "Failed to get shared \"consistent read\" lock". Only the command line adds the image's path.
+pub fn is_locked(text: &str) -> bool {
+    text.contains("Failed to get ") && text.contains("\" lock")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,6 +58,12 @@ mod tests {
         assert_eq!(read("Hot-unplug failed: guest is busy (power indicator blinking)"), UnplugError::Busy);
         assert_eq!(read("Bus 'pcie.0' does not support hotplugging"), UnplugError::Refused);
         assert_eq!(unplug_error(&error("DeviceNotFound", "Device 'x' not found")), UnplugError::Absent);
+    }
+
+    #[test]
+    fn locks() {
+        assert!(is_locked("Failed to get shared \"write\" lock"));
+        assert!(!is_locked("Failed to get a lock of the door"));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use devices::host::{Access, HostNeed, Switch};
+use devices::units::Mac;
 use devices::{DeviceId, Placed};
 use thiserror::Error;
 
@@ -82,7 +83,7 @@ impl Host {
     pub fn meet(&self, id: &DeviceId, need: &HostNeed) -> Result<Vec<Named>, NeedError> {
         match need {
             HostNeed::Image { path, access } => self.lease(id, path, *access).map(|()| Vec::new()),
-            HostNeed::Tap { name, descriptors, switch } => self.plug(name, descriptors, switch.as_ref()),
+            HostNeed::Tap { name, descriptors, switch, mac } => self.plug(name, descriptors, switch.as_ref(), *mac),
             HostNeed::VhostNet { descriptors } => {
                 let opened = open_vhost_net(u16::try_from(descriptors.len()).unwrap_or(u16::MAX))?;
                 Ok(descriptors.iter().cloned().zip(opened).collect())
@@ -125,13 +126,16 @@ impl Host {
         Ok(self.leases.acquire(&key, mode, holder, look)?)
     }
 
-    fn plug(&self, name: &str, descriptors: &[String], switch: Option<&Switch>) -> Result<Vec<Named>, NeedError> {
+    fn plug(&self, name: &str, descriptors: &[String], switch: Option<&Switch>, mac: Mac) -> Result<Vec<Named>, NeedError> {
         let name: LinkName = name.parse()?;
         if let Some(switch) = switch.filter(|switch| !switch.openvswitch) {
             link::bridge(&switch.bridge)?;
         }
         let queues = u16::try_from(descriptors.len()).unwrap_or(u16::MAX);
         let tap = tap::open(&name, queues, Create::IfMissing)?;
+        if tap.created {
+            link::set_address(tap.ifindex, link::host_side(mac.bytes()))?;
+        }
         if let Some(switch) = switch {
             self.join(&name, tap.ifindex, switch)?;
         }

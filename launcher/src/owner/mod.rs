@@ -289,6 +289,7 @@ impl Owner {
             warn!(log = ?self.log, %error, "QEMU's log could not be kept under its cap");
         }
         self.write_faults();
+        self.remind();
         if !self.departures.is_empty() {
             self.look();
         }
@@ -315,7 +316,7 @@ impl Owner {
             label: placed.label().map(ToString::to_string),
             address: placed.address.as_ref().map(ToString::to_string),
             driver: placed.spec.frontend.as_ref().map(|f| f.driver().to_owned()),
-            backing: placed.config.backing(),
+            backing: placed.backing(),
             stage: self.stages.get(&placed.id).copied().unwrap_or(Stage::Present),
             pty: self.ptys.get(&placed.id.chardev()).cloned(),
             on_demand: placed.on_demand,

@@ -13,10 +13,12 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::{Finished, Owner, Reply, not_now};
-use crate::blueprint;
+use crate::launch::images;
 use crate::record::Stage;
 use crate::request::{Attach, Attached, Class, Detach, Detached, Failure};
+use crate::status::VmState;
 use crate::work::{Asked, StepError, WorkError, Workshop, dry_run};
+use crate::{blueprint, quirks, users};
 
 /// Work that waits for the workshop, or for what must be known first.
 #[derive(Debug)]
@@ -58,6 +60,9 @@ pub(super) struct Departure {
 
 /// How long before the guest is asked again. ACPI takes it at once; native PCIe hot-plug needs more than five seconds and says so until then.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
+
+/// How long before a guest is reminded of a device that nobody waits for.
+const REMIND: Duration = Duration::from_secs(30);
 
 impl Departure {
     pub(super) fn new() -> Departure {
@@ -230,12 +235,21 @@ impl Owner {
                 self.forget(&part.id);
             }
         }
-        let failure = if is_refusal(&error.source) {
+        let mut failure = if is_refusal(&error.source) {
             Failure::new(Class::Refused, format!("{}: {}", error.id, crate::request::chain(&error.source)))
         } else {
             Failure::of(Class::Generic, error)
         };
-        let _ = reply.send(Err(failure));
+        if quirks::is_locked(&failure.desc) {
+            let images: Vec<String> = images(parts).map(str::to_owned).collect();
+            // Looking at the open files of all processes takes long where storage hangs.
+            tokio::task::spawn_blocking(move || {
+                failure.desc = format!("{}; {}", failure.desc, users::explain(images.iter().map(String::as_str)));
+                reply.send(Err(failure))
+            });
+        } else {
+            let _ = reply.send(Err(failure));
+        }
         self.look();
     }
 
@@ -278,8 +292,12 @@ impl Owner {
         self.dismiss_unused();
     }
 
-    /// A controller that was made for other devices leaves with the last of them.
+    /// A controller that was made for other devices leaves with the last of them. Only a guest that runs can let go of it: otherwise it
+    /// stays, and serves the next device.
     pub(super) fn dismiss_unused(&mut self) {
+        if self.run != VmState::Running {
+            return;
+        }
         let unused = |d: &&Placed| {
             d.on_demand && self.stages.get(&d.id) == Some(&Stage::Present) && self.layout.can_leave(d).is_ok()
         };
@@ -300,6 +318,22 @@ impl Owner {
         self.stages.remove(id);
         self.faults.remove(id);
         self.early.remove(id);
+    }
+
+    /// Asks again, now and then, for devices that nobody waits for any more: what was asked of a guest that booted is lost.
+    pub(super) fn remind(&mut self) {
+        if self.run != VmState::Running {
+            return;
+        }
+        let now = Instant::now();
+        let forgotten = |d: &Departure| !d.clearing && d.waiting.is_empty() && d.ask_again + REMIND <= now;
+        let ids: Vec<DeviceId> = self.departures.iter().filter(|(_, d)| forgotten(d)).map(|(id, _)| id.clone()).collect();
+        for id in ids {
+            if let Some(departure) = self.departures.get_mut(&id) {
+                departure.ask_again = now;
+            }
+            self.queue.push_back(Job::Ask(id));
+        }
     }
 
     /// The next moment at which something must be done although nothing happens.

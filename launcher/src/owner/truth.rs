@@ -108,6 +108,7 @@ impl Owner {
                 self.announce("QVIRT_STATE", serde_json::to_value(&run).unwrap_or_default());
                 self.run = run;
                 self.go_on_rebooting();
+                self.dismiss_unused();
             }
         }
         self.ptys.extend(truth.ptys.into_iter().flatten());
