@@ -50,7 +50,7 @@ pub struct ChannelConfig {
     /// Whether it is the one for qemu-ga: its name is then `org.qemu.guest_agent.0`.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub guest_agent: bool,
-    /// Absolute path of the socket. Default: `ID.sock` in the VM's runtime folder.
+    /// Absolute path of the socket. Default: `channel-ID.sock` in the VM's runtime folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
 }
@@ -95,7 +95,7 @@ impl ChannelConfig {
 
     /// The socket's path.
     pub fn socket(&self, id: &DeviceId, run_dir: &str) -> String {
-        self.path.clone().unwrap_or_else(|| format!("{run_dir}/{id}.sock"))
+        self.path.clone().unwrap_or_else(|| format!("{run_dir}/channel-{id}.sock"))
     }
 
     pub(crate) fn check(&self, id: &DeviceId, run_dir: &str) -> Result<(), Refusal> {

@@ -508,10 +508,9 @@ impl Topology {
 
     fn serial_port(&self, console: bool) -> Result<Address, TopologyError> {
         let first = u8::from(!console);
-        let ports = self
-            .serial
-            .keys()
-            .flat_map(|c| (first..SERIAL_PORTS).map(|nr| Address::SerialPort { controller: *c, nr }));
+        let staying = self.serial.iter().filter(|(_, id)| !self.is_leaving(id)).map(|(index, _)| *index);
+        let ports =
+            staying.flat_map(|controller| (first..SERIAL_PORTS).map(move |nr| Address::SerialPort { controller, nr }));
         self.first_free(ports, "virtio-serial port")
     }
 

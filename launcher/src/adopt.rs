@@ -5,16 +5,17 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use devices::{DeviceId, Layout, Placed};
-use nix::sys::signal::Signal;
+use serde_json::json;
 use thiserror::Error;
 use tracing::{info, warn};
 
 use crate::folders::{Folders, FoldersError, VmFiles, VmName};
 use crate::host::need::Host;
 use crate::journal::{self, Journal, JournalError};
-use crate::launch::{Cause, clear_up, connect, end, log_file, same_uuid};
+use crate::launch::{Cause, Unfinished, clear_up, connect, end, log_file, same_uuid};
 use crate::lease::{LeaseError, Leases};
 use crate::locks::{LockError, OfdLock, probe};
 use crate::owner::Born;
@@ -64,6 +65,8 @@ pub enum AdoptError {
     Qemu { vm: VmName, #[source] cause: Cause },
     #[error("VM {vm} ended while it was adopted: `qvirt recover {vm}` clears up")]
     Ended { vm: VmName },
+    #[error(transparent)]
+    Unfinished(#[from] Unfinished),
     #[error("the journal of VM {vm} does not fit its launch: {reason}")]
     Layout { vm: VmName, reason: devices::Refusal },
 }
@@ -97,9 +100,13 @@ pub async fn adopt(folders: &Folders, vm: &VmName) -> Result<(Born, bool), Adopt
     let (qmp, events) = connect(&files.qmp(), &process).await.map_err(failed)?;
     same_uuid(&qmp, &launch.machine.uuid).await.map_err(failed)?;
     let host = Host { vm: vm.clone(), run_dir: files.dir().to_owned(), leases: Leases::open(&folders.leases)? };
-    let mut shop = Workshop { journal, host, qmp };
+    let mut shop = Workshop { journal, host: Arc::new(host), qmp };
     if memory.identity.is_none() {
         shop.note(&Entry::Started(process.identity().clone()));
+    }
+    // A reboot that its owner did not live to finish: from now on a guest that shuts down ends QEMU again.
+    if launch.qemu.commands.contains("set-action") {
+        let _ = shop.qmp.call("set-action", json!({"shutdown": "poweroff"})).await;
     }
     let there = peripherals(&shop.qmp).await.map_err(|error| failed(error.into()))?;
     let bare = launch.layout.bare();
@@ -195,17 +202,23 @@ pub fn recover(folders: &Folders, vm: &VmName) -> Result<Vec<String>, AdoptError
     let devices: Vec<Placed> = Memory::of(entries).devices.into_iter().map(|(device, _)| device).collect();
     let ids = devices.iter().map(|d| d.id.to_string()).collect();
     let host = Host { vm: vm.clone(), run_dir: files.dir().to_owned(), leases: Leases::open(&folders.leases)? };
-    clear_up(&host, devices.into_iter(), files.dir());
+    clear_up(&host, devices.into_iter(), files.dir())?;
     info!(%vm, "recovered");
     Ok(ids)
 }
 
-/// Ends a VM that has no owner.
+/// Ends a VM that has no owner, and clears up.
 pub async fn kill_orphan(folders: &Folders, vm: &VmName) -> Result<(), AdoptError> {
+    end_qemu(folders, vm).await?;
+    recover(folders, vm).map(drop)
+}
+
+/// Ends a VM's QEMU past its owner.
+pub async fn end_qemu(folders: &Folders, vm: &VmName) -> Result<(), AdoptError> {
     let files = folders.vm(vm)?;
     let memory = journal::read_only::<Entry>(&files.journal())?.map(|(_, entries)| Memory::of(entries)).unwrap_or_default();
     let process = process_of(vm, &files, memory.identity.as_ref())?;
-    warn!(%vm, pid = process.pid(), signal = %Signal::SIGTERM, "ending a VM without an owner");
+    info!(%vm, pid = process.pid(), "ending QEMU");
     end(&process).await;
-    recover(folders, vm).map(drop)
+    Ok(())
 }

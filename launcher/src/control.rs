@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use qmp_client::wire::{Line, LineReader, LineWriter};
 use qmp_client::{Event, Qmp, QmpError};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -116,7 +116,13 @@ struct Incoming {
     #[serde(rename = "exec-oob")]
     oob: Option<String>,
     arguments: Option<Box<RawValue>>,
+    /// Any value, `null` too, comes back with the answer.
+    #[serde(default, deserialize_with = "present")]
     id: Option<Box<RawValue>>,
+}
+
+fn present<'de, D: Deserializer<'de>>(source: D) -> Result<Option<Box<RawValue>>, D::Error> {
+    Box::deserialize(source).map(Some)
 }
 
 type Answer = Pin<Box<dyn Future<Output = Vec<u8>> + Send>>;
@@ -133,33 +139,37 @@ struct Client {
 
 impl Client {
     async fn run(mut self) {
-        let mut reader = LineReader::new();
+        let mut reader = LineReader::of_objects();
         let mut writer = LineWriter::new();
         let mut events = self.shared.events.subscribe();
         let mut answer: Option<Answer> = None;
         let mut owner = self.shared.status.clone();
+        // A reply of many MiB is the client's own wish, and no sign that it does not read.
+        let mut large_reply = false;
         writer.push(greeting(&self.shared.qmp), Vec::new());
         let cause = loop {
-            if writer.backlog() > BACKLOG {
-                break "it does not read: more than 1 MiB is waiting";
-            }
             tokio::select! {
                 biased;
                 sent = writer.flush(&self.stream), if !writer.is_empty() => {
                     if sent.is_err() { break "it is gone"; }
+                    large_reply = false;
                 }
                 text = async { answer.as_mut().expect("only polled while there is one").await }, if answer.is_some() => {
                     answer = None;
+                    large_reply = text.len() > BACKLOG;
                     writer.push(text, Vec::new());
                 }
                 event = events.recv() => match event {
+                    Ok(_) if writer.backlog() > BACKLOG && !large_reply => {
+                        break "it does not read: more than 1 MiB is waiting";
+                    }
                     Ok(line) if self.negotiated => writer.push(line.to_vec(), Vec::new()),
                     Ok(_) => {}
                     Err(broadcast::error::RecvError::Lagged(_)) => break "it does not read: too many events are waiting",
                     Err(broadcast::error::RecvError::Closed) => break "the owner ends",
                 },
                 () = ended(&mut owner) => break "the owner ends",
-                line = reader.next(&self.stream), if answer.is_none() => match line {
+                line = reader.next(&self.stream), if answer.is_none() && writer.is_empty() => match line {
                     Ok(Some(line)) => answer = Some(self.command(line)),
                     Ok(None) => break "it is gone",
                     Err(error) => {
@@ -195,6 +205,11 @@ impl Client {
         if name == "qmp_capabilities" {
             if self.negotiated {
                 return refuse(Class::CommandNotFound, "Capabilities negotiation is already complete, command ignored");
+            }
+            // The greeting offers none, so whoever enables one would wait for what does not come.
+            let wished: Value = incoming.arguments.and_then(|a| serde_json::from_str(a.get()).ok()).unwrap_or_default();
+            if let Some(wish) = wished["enable"].as_array().and_then(|wishes| wishes.first()) {
+                return refuse(Class::Generic, &format!("capability {wish} is not offered here: leave it out of `enable`"));
             }
             self.negotiated = true;
             return ready(success(id.as_deref(), "{}"));
@@ -244,6 +259,7 @@ impl Client {
                 Ok(value) if name == "query-commands" => success(id.as_deref(), &with_own_commands(value.get())),
                 Ok(value) => success(id.as_deref(), value.get()),
                 Err(QmpError::Refused(error)) => error_line(id.as_deref(), &error.class, &error.desc),
+                Err(error @ (QmpError::TimedOut { .. } | QmpError::NotSent { .. })) => failure(id.as_deref(), &Failure::of(Class::Pending, &error)),
                 Err(error) => failure(id.as_deref(), &Failure::of(Class::Generic, &error)),
             }
         })

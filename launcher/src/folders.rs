@@ -230,20 +230,21 @@ fn make_leases(path: &Path) -> Result<(), FoldersError> {
         }
         Err(error) => return Err(failed(error)),
     };
-    let found = fs::metadata(path).map_err(failed)?;
+    // The parent is everybody's: a link there may lead anywhere, and is not followed.
+    let found = fs::symlink_metadata(path).map_err(failed)?;
     if !found.is_dir() {
         return Err(FoldersError::NotAFolder { path: path.into() });
     }
     let mode = found.mode() & 0o7777;
-    if mode == 0o1777 {
+    let ours = found.uid() == Uid::effective().as_raw();
+    if mode == 0o1777 && (ours || found.uid() == 0 || !Uid::effective().is_root()) {
         return Ok(());
     }
-    // mkdir obeys the umask, so our own folder gets its mode here.
-    match fs::set_permissions(path, Permissions::from_mode(0o1777)) {
-        Ok(()) => Ok(()),
-        Err(source) if made => Err(failed(source)),
-        Err(_) => Err(FoldersError::LeasesClosed { path: path.into(), mode }),
+    // mkdir obeys the umask, so our own folder gets its mode here. What others made is left as it is.
+    if !made && !ours {
+        return Err(FoldersError::LeasesClosed { path: path.into(), mode });
     }
+    fs::set_permissions(path, Permissions::from_mode(0o1777)).map_err(failed)
 }
 
 /// The runtime files of one VM, all in `RUN/NAME/`.

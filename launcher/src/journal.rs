@@ -6,7 +6,7 @@
 //! is fsynced.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::marker::PhantomData;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -15,11 +15,15 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
+use crate::locks;
 use crate::folders::{VmName, WriteError, remedy, write_volatile};
 use crate::process::BootId;
 
 /// The format that this qvirt writes, and the newest it reads.
 const FORMAT: u32 = 1;
+
+/// More than any journal holds: a stranger's file must not fill our memory.
+const MAX_BYTES: u64 = 64 << 20;
 
 /// What is wrong with a journal.
 #[derive(Debug, thiserror::Error)]
@@ -140,6 +144,11 @@ impl<E: Serialize + DeserializeOwned> Journal<E> {
         outcome
     }
 
+    /// How long the file is.
+    pub fn length_bytes(&self) -> u64 {
+        self.length_bytes
+    }
+
     /// Replaces all entries, as one step for whoever reads the file.
     ///
     /// # Errors
@@ -195,11 +204,13 @@ struct Found<E> {
 
 /// `None` if there is no file, or not even a whole header: then nothing was ever done under it.
 fn read<E: DeserializeOwned>(path: &Path) -> Result<Option<Found<E>>, JournalError> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
+    let mut bytes = Vec::new();
+    let read = locks::open_regular(path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut bytes));
+    match read {
+        Ok(_) => {}
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(source) => return Err(JournalError::Io { path: path.into(), step: "read", source }),
-    };
+    }
     let Some(end) = bytes.iter().rposition(|byte| *byte == b'\n') else { return Ok(None) };
     let whole = &bytes[..end];
     let failed = |line| move |source| JournalError::Line { path: path.into(), line: line + 1, source };

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use devices::host::{Access, HostNeed};
@@ -43,6 +44,8 @@ pub enum Cause {
     Owned { vm: VmName },
     #[error("VM {vm} is running already, without an owner: `qvirt run {vm}` adopts it")]
     Alive { vm: VmName },
+    #[error("VM {vm} is dead and left something: `qvirt recover {vm}` clears up, then start it again")]
+    Remains { vm: VmName },
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error(transparent)]
@@ -104,8 +107,9 @@ struct Launching<'a> {
     log: PathBuf,
     steps: Steps,
     owner_lock: Option<OfdLock>,
+    life: Option<OfdLock>,
     journal: Option<Journal<Entry>>,
-    host: Option<Host>,
+    host: Option<Arc<Host>>,
     process: Option<Process>,
 }
 
@@ -125,6 +129,7 @@ pub async fn launch(blueprint: Blueprint, folders: &Folders, paused: bool) -> Re
         files,
         steps: Steps::of("launch"),
         owner_lock: None,
+        life: None,
         journal: None,
         host: None,
         process: None,
@@ -153,10 +158,16 @@ impl Launching<'_> {
         self.steps.enter("owner-lock")?;
         self.owner_lock = Some(OfdLock::try_acquire(&self.files.owner())?.ok_or(Cause::Owned { vm: vm.clone() })?);
         self.steps.enter("life-lock")?;
-        let life = OfdLock::try_acquire(&self.files.life())?.ok_or(Cause::Alive { vm: vm.clone() })?;
+        self.life = Some(OfdLock::try_acquire(&self.files.life())?.ok_or(Cause::Alive { vm: vm.clone() })?);
         self.steps.enter("journal")?;
-        self.host = Some(Host { vm: vm.clone(), run_dir: self.files.dir().to_owned(), leases: Leases::open(&folders.leases)? });
-        self.journal = Some(Journal::open(&self.files.journal(), vm)?.0);
+        let host = Host { vm: vm.clone(), run_dir: self.files.dir().to_owned(), leases: Leases::open(&folders.leases)? };
+        self.host = Some(Arc::new(host));
+        let (journal, remains) = Journal::open(&self.files.journal(), vm)?;
+        self.journal = Some(journal);
+        if !remains.is_empty() {
+            // Somebody launched and died since we looked.
+            return Err(Cause::Remains { vm: vm.clone() });
+        }
         let descriptors = self.prepare(blueprint)?;
 
         self.steps.enter("listen")?;
@@ -171,7 +182,8 @@ impl Launching<'_> {
         launch.save(&self.files.launch())?;
 
         self.steps.enter("spawn")?;
-        let mut inherit = vec![qmp.as_fd(), rescue.as_fd(), life.as_fd()];
+        let life = self.life.as_ref().expect("the life lock was taken above").as_fd();
+        let mut inherit = vec![qmp.as_fd(), rescue.as_fd(), life];
         inherit.extend(descriptors.values().map(AsFd::as_fd));
         let args = launch.argv.iter().map(Into::into).collect();
         let spawn = Spawn { binary: &launch.binary, args, inherit, log: &self.log, rlimit_memlock: None, env: Vec::new() };
@@ -193,7 +205,7 @@ impl Launching<'_> {
             unreachable!("each was set by a step above");
         };
         let shop = Workshop { journal, host, qmp };
-        Ok(Born { launch, log: self.log.clone(), process, events, shop, layout, stages, faults: BTreeMap::new(), owner_lock, life: Some(life) })
+        Ok(Born { launch, log: self.log.clone(), process, events, shop, layout, stages, faults: BTreeMap::new(), owner_lock, life: self.life.take() })
     }
 
     /// Journals every device, then meets its needs; gives the descriptors that QEMU is to inherit.
@@ -223,7 +235,7 @@ impl Launching<'_> {
     }
 
     fn host(&self) -> &Host {
-        self.host.as_ref().expect("the host is there before anything is taken of it")
+        self.host.as_deref().expect("the host is there before anything is taken of it")
     }
 
     fn process(&self) -> &Process {
@@ -235,13 +247,14 @@ impl Launching<'_> {
         if let Some(process) = self.process.take() {
             end(&process).await;
         }
-        let Some(_lock) = self.owner_lock.take() else { return };
+        // Without both locks the folder is another's.
+        let (Some(_owner), Some(_life)) = (self.owner_lock.take(), self.life.take()) else { return };
         if let (Some(journal), Some(host)) = (self.journal.take(), self.host.take()) {
             let memory = crate::journal::read_only::<Entry>(&self.files.journal());
             let entries = memory.ok().flatten().map(|(_, entries)| entries).unwrap_or_default();
             let devices = crate::record::Memory::of(entries).devices;
             drop(journal);
-            clear_up(&host, devices.into_iter().map(|(device, _)| device), self.files.dir());
+            let _ = clear_up(&host, devices.into_iter().map(|(device, _)| device), self.files.dir());
         } else {
             remove_folder(self.files.dir());
         }
@@ -267,23 +280,41 @@ pub async fn end(process: &Process) {
     }
 }
 
+/// Something of the host could not be given back. The runtime folder and its journal stay, so that it can be tried again.
+#[derive(Debug, Error)]
+#[error("device {id} of VM {vm} still has something of the host: `qvirt recover {vm}` tries again")]
+pub struct Unfinished {
+    vm: VmName,
+    id: DeviceId,
+    source: NeedError,
+}
+
 /// Gives back all that a VM had of the host, and removes its runtime folder. The caller holds the owner lock, and QEMU is dead.
-pub fn clear_up(host: &Host, devices: impl Iterator<Item = Placed>, run_dir: &Path) {
+pub fn clear_up(host: &Host, devices: impl Iterator<Item = Placed>, run_dir: &Path) -> Result<(), Unfinished> {
     let mut devices: Vec<Placed> = devices.collect();
     devices.reverse();
+    let mut outcome = Ok(());
     for device in &devices {
-        if let Err(error) = host.give_all_back(device) {
-            warn!(device = %device.id, error = crate::request::chain(&error), "could not give everything back to the host");
+        if let Err(source) = host.give_all_back(device) {
+            warn!(device = %device.id, error = crate::request::chain(&source), "could not give everything back to the host");
+            outcome = outcome.and(Err(Unfinished { vm: host.vm.clone(), id: device.id.clone(), source }));
         }
     }
     if let Err(error) = host.leases.release_all(&host.vm, run_dir) {
         warn!(error = crate::request::chain(&error), "could not release all leases");
     }
-    remove_folder(run_dir);
+    outcome.inspect(|()| remove_folder(run_dir))
 }
 
+/// Moves the folder aside first: whoever launches the VM meanwhile makes it anew, and keeps it.
 fn remove_folder(run_dir: &Path) {
-    match std::fs::remove_dir_all(run_dir) {
+    let name = run_dir.file_name().unwrap_or_default().to_string_lossy();
+    let aside = run_dir.with_file_name(format!(".gone-{name}-{}", std::process::id()));
+    let removed = match std::fs::rename(run_dir, &aside) {
+        Ok(()) => std::fs::remove_dir_all(&aside),
+        Err(error) => Err(error),
+    };
+    match removed {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             warn!(folder = ?run_dir, %error, "the runtime folder could not be removed");
         }

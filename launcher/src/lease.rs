@@ -194,10 +194,15 @@ impl Leases {
             return Err(LeaseError::RelativeRunDir { vm: holder.vm, run_dir: holder.run_dir });
         }
         let _lock = self.lock()?;
+        let mut mode = mode;
         let mut mine = Vec::new();
         for (file, lease) in self.leases(|name| name.starts_with(&key.file_prefix()))? {
             for held in lease.holders {
                 if held.holder.is(&holder.vm, &holder.run_dir) && held.holder.device == holder.device {
+                    // A chain may come to one image by two paths: the stronger use counts.
+                    if held.mode == Mode::Exclusive {
+                        mode = Mode::Exclusive;
+                    }
                     continue;
                 }
                 let shareable = mode == Mode::Shared && held.mode == Mode::Shared;
@@ -235,6 +240,18 @@ impl Leases {
             Some(lease) => self.keep(lease, |held| held.vm != *vm || held.device != device),
             None => Ok(()),
         }
+    }
+
+    /// Takes back everything that `device` of this user's `vm` has.
+    ///
+    /// # Errors
+    /// A lease cannot be read or stored; those before it are released.
+    pub fn release_device(&self, vm: &VmName, run_dir: &Path, device: &str) -> Result<(), LeaseError> {
+        let _lock = self.lock()?;
+        for (_, lease) in self.leases(is_own)? {
+            self.keep(lease, |held| !held.is(vm, run_dir) || held.device != device)?;
+        }
+        Ok(())
     }
 
     /// Takes back everything that this user's `vm` with that runtime folder has.

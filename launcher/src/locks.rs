@@ -77,7 +77,7 @@ impl AsFd for OfdLock {
 /// The file exists and cannot be opened (another user's, for example) or asked.
 pub fn probe(path: &Path) -> Result<bool, LockError> {
     let failed = |step| move |source| LockError { path: path.into(), step, source };
-    let file = match File::open(path) {
+    let file = match open_regular(path) {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(failed("open")(error)),
@@ -85,6 +85,18 @@ pub fn probe(path: &Path) -> Result<bool, LockError> {
     let mut question = whole_file();
     fcntl(&file, FcntlArg::F_OFD_GETLK(&mut question)).map_err(|error| failed("probe")(error.into()))?;
     Ok(question.l_type != libc::F_UNLCK as libc::c_short)
+}
+
+/// Opens a file of a folder that may be a stranger's: not through a link, and without waiting for whoever would feed a FIFO.
+///
+/// # Errors
+/// It cannot be opened, or is no regular file.
+pub fn open_regular(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file")),
+    }
 }
 
 fn whole_file() -> libc::flock {

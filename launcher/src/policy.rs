@@ -22,7 +22,8 @@ pub fn judge(name: &str, arguments: &Value, status: &Status) -> Result<Verdict, 
         return Ok(Verdict::Query);
     }
     let refuse = |desc: String| Err(Failure::new(Class::Refused, desc));
-    let text = |key: &str| arguments[key].as_str().unwrap_or("");
+    // `device_del` takes a path as well as an id.
+    let text = |key: &str| arguments[key].as_str().unwrap_or("").rsplit('/').next().unwrap_or("");
     let ours = |key: &str| owner_of(text(key), status);
     match name {
         "quit" => refuse(format!("quit is refused: use `qvirt shutdown {vm}` or `qvirt kill {vm}`", vm = status.vm)),
@@ -33,13 +34,37 @@ pub fn judge(name: &str, arguments: &Value, status: &Status) -> Result<Verdict, 
             Some(id) => refuse(format!("device {id} was made by qvirt: use `qvirt detach {} {id}`", status.vm)),
             None => Ok(Verdict::Change),
         },
-        "blockdev-del" | "blockdev-reopen" | "netdev_del" | "chardev-remove" | "chardev-change" | "object-del" => {
+        "human-monitor-command" if !arguments["command-line"].as_str().is_some_and(|line| line.trim_start().starts_with("info ")) => {
+            refuse("human-monitor-command passes `info ...` only: what HMP changes cannot be checked; use the QMP command".to_owned())
+        }
+        _ if MOVES_NODES.contains(&name) => match named(arguments, status) {
+            Some(id) => refuse(format!("{name} is refused: it would move the nodes of disk {id} behind the back of its lease and config")),
+            None => Ok(Verdict::Change),
+        },
+        "blockdev-del" | "netdev_del" | "chardev-remove" | "chardev-change" | "object-del" => {
             match ours("id").or_else(|| ours("node-name")) {
                 Some(id) => refuse(format!("{name} is refused: the object belongs to device {id} of qvirt; use `qvirt detach {} {id}`", status.vm)),
                 None => Ok(Verdict::Change),
             }
         }
         _ => Ok(Verdict::Change),
+    }
+}
+
+/// Commands that change which nodes a disk stands on. `qom-set` of a `drive` is not among them: it is how a node is swapped for another while
+/// the disk's own stay as they are.
+const MOVES_NODES: &[&str] = &[
+    "blockdev-reopen", "blockdev-snapshot", "blockdev-snapshot-sync", "blockdev-mirror", "drive-mirror", "block-commit", "block-stream",
+    "blockdev-change-medium", "change-backing-file", "transaction", "x-blockdev-change",
+];
+
+/// The first device of ours that any text in the arguments names.
+fn named<'a>(value: &Value, status: &'a Status) -> Option<&'a str> {
+    match value {
+        Value::String(text) => owner_of(text, status),
+        Value::Array(items) => items.iter().find_map(|item| named(item, status)),
+        Value::Object(members) => members.values().find_map(|member| named(member, status)),
+        _ => None,
     }
 }
 

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use devices::host::HostNeed;
 use devices::spec::{Backend, Call};
@@ -20,7 +21,7 @@ use crate::host::need::{Host, NeedError};
 use crate::injection::{Injected, Steps};
 use crate::journal::{Journal, JournalError};
 use crate::quirks::{self, UnplugError};
-use crate::record::{Entry, Stage};
+use crate::record::{Entry, Memory, Stage};
 
 /// A step that failed.
 #[derive(Debug, Error)]
@@ -45,6 +46,9 @@ pub enum StepError {
     /// A descriptor that an earlier step should have opened.
     #[error("descriptor {0} was not opened")]
     NoDescriptor(String),
+    /// The thread that did it ended without an answer.
+    #[error("the thread that did it is lost")]
+    Lost(#[source] tokio::task::JoinError),
     /// A test's wish.
     #[error(transparent)]
     Injected(#[from] Injected),
@@ -151,7 +155,7 @@ pub struct Workshop {
     /// Written before each change.
     pub journal: Journal<Entry>,
     /// The host.
-    pub host: Host,
+    pub host: Arc<Host>,
     /// The connection to QEMU.
     pub qmp: Qmp,
 }
@@ -188,7 +192,11 @@ impl Workshop {
     async fn take(&mut self, device: &Placed, step: Step, descriptors: &mut BTreeMap<String, OwnedFd>) -> Result<(), StepError> {
         match step {
             Step::Record => self.journal.append(&Entry::Device(Box::new(device.clone())))?,
-            Step::Need(need) => descriptors.extend(self.host.meet(&device.id, &need)?),
+            Step::Need(need) => {
+                // Switches and storage may take their time; the owner's task must not.
+                let (host, id) = (Arc::clone(&self.host), device.id.clone());
+                descriptors.extend(aside(move || host.meet(&id, &need)).await?);
+            }
             Step::Descriptor(name) => {
                 let descriptor = descriptors.remove(&name).ok_or(StepError::NoDescriptor(name.clone()))?;
                 let sent = self.qmp.call_with_fds("getfd", json!({"fdname": name}), vec![descriptor]).await;
@@ -276,7 +284,8 @@ impl Workshop {
             self.undo(backend.del()).await?;
         }
         steps.enter("host")?;
-        self.host.give_all_back(device)?;
+        let (host, gone) = (Arc::clone(&self.host), device.clone());
+        aside(move || host.give_all_back(&gone)).await?;
         steps.enter("record")?;
         self.note(&Entry::Gone { id: device.id.clone() });
         Ok(())
@@ -307,11 +316,31 @@ impl Workshop {
         Ok(asked)
     }
 
+    /// Writes the journal anew, with the fewest entries that say the same.
+    pub fn shorten_journal(&mut self) {
+        let run_dir = self.host.run_dir.clone();
+        let shortened = crate::journal::read_only::<Entry>(&run_dir.join("journal")).and_then(|read| match read {
+            Some((_, entries)) => self.journal.rewrite(&Memory::of(entries).entries()),
+            None => Ok(()),
+        });
+        if let Err(error) = shortened {
+            warn!(%error, "the journal could not be made shorter; it goes on as it is");
+        }
+    }
+
     /// Journals what is true already: not being able to write it down changes nothing about it, and a later owner will ask QEMU.
     pub fn note(&mut self, entry: &Entry) {
         if let Err(error) = self.journal.append(entry) {
             warn!(%error, "the journal lags behind; the next owner will find out by asking QEMU");
         }
+    }
+}
+
+/// Does what may block in a thread of its own.
+async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, NeedError> + Send + 'static) -> Result<T, StepError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(outcome) => Ok(outcome?),
+        Err(error) => Err(StepError::Lost(error)),
     }
 }
 

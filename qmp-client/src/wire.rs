@@ -1,4 +1,5 @@
-//! The framing of QMP: JSON lines over a unix stream, some of them with descriptors.
+//! The framing of QMP: JSON lines over a unix stream, some of them with descriptors. QEMU ends each message with a line; its clients need
+//! not, and some do not (Python's `qemu.qmp`), so a server reads objects.
 //!
 //! Owns how bytes become lines and lines become bytes, on both sides: this crate's session, a server of QMP
 //! and a fake QEMU use the same code. It does not know what a line says.
@@ -13,6 +14,7 @@
 
 use std::io;
 
+mod cut;
 mod reader;
 mod writer;
 

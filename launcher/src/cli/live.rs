@@ -8,7 +8,7 @@ use tokio::net::UnixStream;
 use super::args::Shutdown;
 use super::client::connect;
 use super::{Exit, Problem, print, target};
-use crate::adopt::{Life, kill_orphan, life};
+use crate::adopt::{Life, end_qemu, kill_orphan, life};
 use crate::console::{Console, Until, User};
 use crate::folders::{Folders, VmName};
 use crate::request;
@@ -78,6 +78,7 @@ pub async fn shutdown(args: Shutdown) -> Result<Exit, Problem> {
     let request = request::Shutdown { timeout_ms, then_kill: args.then_kill };
     let client = connect(&Folders::find()?, &args.vm).await?;
     let reply: Value = client.ask_for(args.timeout, "qvirt-shutdown", request).await?;
+    settled(&Folders::find()?, &args.vm).await?;
     println!("{} has stopped: {}", args.vm, reply["reason"].as_str().unwrap_or("done"));
     Ok(Exit::Done)
 }
@@ -95,9 +96,39 @@ pub async fn kill(vm: &VmName) -> Result<Exit, Problem> {
     let folders = Folders::find()?;
     match target::life_of(&folders, vm)? {
         Life::Orphan => kill_orphan(&folders, vm).await?,
-        _ => drop(connect(&folders, vm).await?.call("qvirt-kill", Value::Null).await?),
+        _ => {
+            let through_owner = async { connect(&folders, vm).await?.call("qvirt-kill", Value::Null).await };
+            match tokio::time::timeout(OWNER, through_owner).await {
+                Ok(killed) => drop(killed?),
+                // An owner that does not answer does not keep its VM alive.
+                Err(_) => end_qemu(&folders, vm).await?,
+            }
+        }
     }
+    settled(&folders, vm).await?;
     println!("{vm} was killed");
+    Ok(Exit::Done)
+}
+
+/// How long an owner may take to end QEMU.
+const OWNER: Duration = Duration::from_secs(20);
+
+/// Waits until the owner has cleared up and is gone: what was said to be over is over.
+pub async fn settled(folders: &Folders, vm: &VmName) -> Result<(), Problem> {
+    for _ in 0..500 {
+        if matches!(target::life_of(folders, vm)?, Life::None | Life::Orphan | Life::Remains) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(())
+}
+
+/// `qvirt leave`
+pub async fn leave(vm: &VmName) -> Result<Exit, Problem> {
+    let folders = Folders::find()?;
+    connect(&folders, vm).await?.call("qvirt-leave", Value::Null).await?;
+    settled(&folders, vm).await?;
     Ok(Exit::Done)
 }
 
@@ -113,7 +144,7 @@ pub async fn console(vm: &VmName, device: Option<&str>, force: bool) -> Result<E
     let Some((id, pty)) = chosen.and_then(|d| Some((d.id.clone(), d.pty.clone()?))) else {
         let known: Vec<&str> = consoles.iter().map(|d| d.id.as_str()).collect();
         let known = if known.is_empty() { "none; write [[serial]] into its config".to_owned() } else { known.join(", ") };
-        let wanted = device.map_or_else(|| "a serial console".to_owned(), |name| format!("console {name}"));
+        let wanted = device.map_or_else(|| "serial console".to_owned(), |name| format!("serial console {name}"));
         return Err(Problem::new(Exit::Unknown, format!("VM {vm} has no {wanted}: its consoles are {known}")));
     };
     let console = Console::open(pty.as_ref(), &folders.vm(vm)?.console_lock(&id), force).map_err(|error| {
@@ -146,6 +177,9 @@ pub async fn recover(vm: Option<&VmName>, json: bool) -> Result<Exit, Problem> {
     let folders = Folders::find()?;
     let mut report = Vec::new();
     if let Some(vm) = vm {
+        if target::life_of(&folders, vm)? == Life::None && !folders.config_file(vm).exists() {
+            return Err(target::unknown(&folders, vm));
+        }
         let devices = crate::adopt::recover(&folders, vm)?;
         report.push(json!({"vm": vm, "devices": devices}));
     } else {

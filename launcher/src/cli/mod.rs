@@ -128,7 +128,6 @@ impl From<qmp_client::QmpError> for Problem {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    // A closed pipe ends a command quietly, as it ends every other tool.
     let arguments = match args::Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(error) => {
@@ -138,9 +137,17 @@ pub fn main() -> ExitCode {
         }
     };
     log_to_stderr();
+    if !matches!(arguments.command, args::Command::Run(_) | args::Command::Console { .. }) {
+        end_quietly_on_a_closed_pipe();
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let outcome = match runtime {
-        Ok(runtime) => runtime.block_on(dispatch(arguments)),
+        Ok(runtime) => {
+            let outcome = runtime.block_on(dispatch(arguments));
+            // A thread that waits for hung storage is not waited for.
+            runtime.shutdown_background();
+            outcome
+        }
         Err(error) => Err(error.into()),
     };
     match outcome {
@@ -150,6 +157,14 @@ pub fn main() -> ExitCode {
             ExitCode::from(problem.exit)
         }
     }
+}
+
+/// As every other tool does; Rust's runtime ignores SIGPIPE. Not for an owner, and not for a console, which has a terminal to restore.
+#[allow(unsafe_code)]
+fn end_quietly_on_a_closed_pipe() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: no handler of ours runs; the default action ends the process.
+    let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
 }
 
 /// Logs of level `info` and above to stderr, or as `QVIRT_LOG` says (`debug`, `warn,qmp_client=trace`, ...).
@@ -180,7 +195,7 @@ async fn dispatch(arguments: args::Arguments) -> Result<Exit, Problem> {
         C::Pause { vm } => live::simple(&vm, "stop").await,
         C::Resume { vm } => live::simple(&vm, "cont").await,
         C::Kill { vm } => live::kill(&vm).await,
-        C::Leave { vm } => live::simple(&vm, "qvirt-leave").await,
+        C::Leave { vm } => live::leave(&vm).await,
         C::Attach(attach) => plug::attach(attach).await,
         C::Detach(detach) => plug::detach(detach).await,
         C::Console { vm, device, force } => live::console(&vm, device.as_deref(), force).await,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use devices::DeviceConfig;
+use devices::{DeviceConfig, Placed};
 use serde_json::{Value, json};
 
 use super::args::{Attach, Detach, DeviceChoice, Where};
@@ -21,6 +21,9 @@ pub async fn attach(args: Attach) -> Result<Exit, Problem> {
     let folders = Folders::find()?;
     let mut device = chosen(&args.device)?;
     let (live, stored) = places(&folders, &args.vm, args.place)?;
+    if args.dry_run && !live {
+        return Err(target::not_running(&folders, &args.vm));
+    }
     let client = if live { Some(connect(&folders, &args.vm).await?) } else { None };
     // The config first: what it refuses, the running VM should not get either. It is written last.
     let edited = if stored { Some(added(&folders, &args.vm, &mut device).await?) } else { None };
@@ -81,7 +84,7 @@ pub async fn detach(args: Detach) -> Result<Exit, Problem> {
         Wanted::Name(name) => name.clone(),
         Wanted::Device(device) => name_of(&folders, &args.vm, client.as_ref(), device).await?,
     };
-    let edited = if stored { Some(removed(&folders, &args.vm, &name)?) } else { None };
+    let edited = if stored { Some(removed(&folders, &args.vm, &name).await?) } else { None };
     let mut exit = Exit::Done;
     let mut reply = Value::Null;
     if let Some(client) = &client {
@@ -179,17 +182,35 @@ async fn added(folders: &Folders, vm: &VmName, device: &mut DeviceConfig) -> Res
     Ok(with(device)?.0)
 }
 
-fn removed(folders: &Folders, vm: &VmName, name: &str) -> Result<String, Problem> {
-    let path = folders.config_file(vm);
+/// The devices of the stored config, with the ids and labels that they have when it runs.
+async fn planned(folders: &Folders, vm: &VmName) -> Result<Vec<Placed>, Problem> {
+    let blueprint = Blueprint::draw(target::stored(folders, vm)?, folders).await?;
+    // What was made for other devices' sake does not stand in the file.
+    Ok(blueprint.layout.devices().iter().filter(|d| !d.on_demand).cloned().collect())
+}
+
+async fn removed(folders: &Folders, vm: &VmName, name: &str) -> Result<String, Problem> {
     let config = target::stored(folders, vm)?;
-    let Some(index) = edit::find(&config.devices, name) else {
-        let known: Vec<&str> = config.devices.iter().filter_map(DeviceConfig::id).map(devices::DeviceId::as_str).collect();
-        let message = format!("the stored config of {vm} has no device {name}: it names {}", if known.is_empty() { "none".into() } else { known.join(", ") });
-        return Err(Problem::new(Exit::Unknown, message));
+    // By the ids in the file; where that does not tell, by those that the devices get. The former works when an image is gone, too.
+    let (table, place) = match edit::find(&config.devices, name) {
+        Some(index) => {
+            let table = config.devices[index].table();
+            (table, config.devices[..index].iter().filter(|d| d.table() == table).count())
+        }
+        None => {
+            let devices = planned(folders, vm).await?;
+            let is = |d: &&Placed| d.id.as_str() == name || d.label().is_some_and(|label| label.as_str() == name);
+            let Some(found) = devices.iter().find(is) else {
+                let known: Vec<&str> = devices.iter().map(|d| d.id.as_str()).collect();
+                let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                return Err(Problem::new(Exit::Unknown, format!("the stored config of {vm} has no device {name}: it has {known}")));
+            };
+            let table = found.config.table();
+            let same = devices.iter().filter(|d| d.config.table() == table);
+            (table, same.take_while(|d| d.id != found.id).count())
+        }
     };
-    let table = config.devices[index].table();
-    let place = config.devices[..index].iter().filter(|d| d.table() == table).count();
-    let text = std::fs::read_to_string(&path)?;
+    let text = std::fs::read_to_string(folders.config_file(vm))?;
     edit::remove(&text, table, place).map_err(|error| Problem::of(Exit::Usage, &error))
 }
 
@@ -218,8 +239,8 @@ async fn name_of(folders: &Folders, vm: &VmName, client: Option<&Client>, device
             devices.iter().filter_map(pair).collect()
         }
         None => {
-            let config = target::stored(folders, vm)?;
-            config.devices.iter().filter_map(|d| Some((d.id()?.to_string(), serde_json::to_value(d).ok()?))).collect()
+            let devices = planned(folders, vm).await?;
+            devices.iter().filter_map(|d| Some((d.id.to_string(), serde_json::to_value(&d.config).ok()?))).collect()
         }
     };
     let fitting: Vec<&String> = candidates.iter().filter(|(_, config)| agrees(config, &wanted)).map(|(id, _)| id).collect();

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use devices::DeviceConfig;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -37,20 +38,18 @@ pub async fn run(args: Run) -> Result<Exit, Problem> {
     // Before anything is started, so that no signal finds us with half a VM.
     let signals = signals()?;
     let (born, unfinished) = bring_up(&folders, &vm, &args).await?;
-    let paused = born.launch.paused;
     let (mut owner, handle) = Owner::new(born).await;
-    let serving = serve(&folders, &vm, &handle)?;
-    let console = if args.console { Some(open_console(&folders, &vm, &handle)?) } else { None };
-    if unfinished {
-        owner.go(paused).await?;
-    }
-    let console = console.map(|console| attach_console(console, &vm)).transpose()?;
-    if args.detached {
-        detach_from_starter()?;
-    } else if console.is_none() {
-        let status = handle.status.borrow().clone();
-        println!("{vm} is {}: pid {}, {}", status.run, status.pid, status.accel);
-    }
+    let open = open(&folders, &vm, &args, &mut owner, &handle, unfinished).await;
+    let (serving, console) = match open {
+        Ok(open) => open,
+        // An adopted VM runs on; a launch that cannot be finished is undone.
+        Err(problem) => {
+            if unfinished {
+                let _ = end(&folders, &vm, owner.abort().await).await;
+            }
+            return Err(problem);
+        }
+    };
     let ending = owner.run(signals).await;
     // Clients get their last words; one that does not take them is not waited for.
     for task in serving {
@@ -61,6 +60,26 @@ pub async fn run(args: Run) -> Result<Exit, Problem> {
         let _ = thread.join();
     }
     end(&folders, &vm, ending).await
+}
+
+/// What an owner is heard and seen by.
+type Open = (Vec<tokio::task::JoinHandle<()>>, Option<(OwnedFd, JoinHandle<()>)>);
+
+/// Opens the control sockets and the console, and lets the guest go.
+async fn open(folders: &Folders, vm: &VmName, args: &Run, owner: &mut Owner, handle: &Handle, unfinished: bool) -> Result<Open, Problem> {
+    let serving = serve(folders, vm, handle)?;
+    let console = if args.console { Some(open_console(folders, vm, handle)?) } else { None };
+    if unfinished {
+        owner.go().await?;
+    }
+    let console = console.map(|console| attach_console(console, vm)).transpose()?;
+    if args.detached {
+        detach_from_starter()?;
+    } else if console.is_none() {
+        let status = handle.status.borrow().clone();
+        println!("{vm} is {}: pid {}, {}", status.run, status.pid, status.accel);
+    }
+    Ok((serving, console))
 }
 
 /// Adopts the VM if it runs, clears up if it is dead, and launches it.
@@ -84,6 +103,9 @@ async fn bring_up(folders: &Folders, vm: &VmName, args: &Run) -> Result<(Born, b
         Life::None => {}
     }
     let config = target::config(folders, &args.target)?;
+    if args.console && !config.devices.iter().any(|d| matches!(d, DeviceConfig::Serial(_))) {
+        return Err(no_console(vm));
+    }
     let blueprint = Blueprint::draw(config, folders).await?;
     Ok((launch(blueprint, folders, args.paused).await?, true))
 }
@@ -122,10 +144,14 @@ fn signals() -> Result<mpsc::Receiver<Signal>, Problem> {
 fn open_console(folders: &Folders, vm: &VmName, handle: &Handle) -> Result<Console, Problem> {
     let status = handle.status.borrow().clone();
     let Some((id, pty)) = status.devices.iter().find_map(|d| Some((d.id.clone(), d.pty.clone()?))) else {
-        let message = format!("VM {vm} has no serial console: write [[serial]] into its config, or leave --console out");
-        return Err(Problem::new(Exit::Usage, message));
+        return Err(no_console(vm));
     };
     Ok(Console::open(pty.as_ref(), &folders.vm(vm)?.console_lock(&id), false)?)
+}
+
+fn no_console(vm: &VmName) -> Problem {
+    let message = format!("VM {vm} has no serial console: write [[serial]] into its config, or leave --console out");
+    Problem::new(Exit::Usage, message)
 }
 
 /// Copies between the terminal and the console in a thread of its own; dropping the descriptor ends it.
@@ -156,15 +182,16 @@ fn detach_from_starter() -> Result<(), Problem> {
 
 async fn end(folders: &Folders, vm: &VmName, ending: Ending) -> Result<Exit, Problem> {
     let files = folders.vm(vm)?;
-    let (reason, in_order, last_words, shop, launch) = match ending {
-        Ending::Left => {
+    let (reason, in_order, last_words, shop, launch, _locks) = match ending {
+        Ending::Left { locks } => {
             for socket in [files.control(), files.control_ro()] {
                 let _ = std::fs::remove_file(socket);
             }
+            drop(locks);
             println!("{vm} runs on without an owner: `qvirt run {vm}` adopts it");
             return Ok(Exit::Done);
         }
-        Ending::Stopped { reason, in_order, last_words, shop, launch } => (reason, in_order, last_words, shop, launch),
+        Ending::Stopped { reason, in_order, last_words, shop, launch, locks } => (reason, in_order, last_words, shop, launch, locks),
     };
     info!(%vm, reason, uuid = launch.machine.uuid, "stopped");
     let entries = crate::journal::read_only::<crate::record::Entry>(&files.journal()).ok().flatten();
@@ -173,7 +200,8 @@ async fn end(folders: &Folders, vm: &VmName, ending: Ending) -> Result<Exit, Pro
         Some(shop) => {
             let workshop = *shop;
             drop(workshop.journal);
-            clear_up(&workshop.host, devices.into_iter().map(|(device, _)| device), files.dir());
+            let cleared = clear_up(&workshop.host, devices.into_iter().map(|(device, _)| device), files.dir());
+            cleared.map_err(|error| Problem::of(Exit::Failed, &error))?;
         }
         None => warn!(%vm, "a job did not end with QEMU: `qvirt recover {vm}` clears up"),
     }
@@ -189,13 +217,18 @@ async fn end(folders: &Folders, vm: &VmName, ending: Ending) -> Result<Exit, Pro
 pub async fn start(args: Start) -> Result<Exit, Problem> {
     let folders = Folders::find()?;
     let vm = target::vm(&folders, &args.target)?;
+    // A socket path that is too long, before anything is made.
+    folders.vm(&vm)?;
     folders.make()?;
     crate::folders::make_private(&folders.state_dir(&vm))?;
     let log = folders.state_dir(&vm).join("owner.log");
     let (reading, writing) = std::io::pipe()?;
     let mut command = Command::new(std::env::current_exe()?);
     command.args(["run", "--detached"]).args(args.paused.then_some("--paused")).arg("--").arg(&args.target);
-    command.stdin(Stdio::null()).stdout(writing).stderr(std::fs::File::create(&log)?);
+    // Appended to: another owner of this VM may be writing there.
+    let owner_log = std::fs::OpenOptions::new().create(true).append(true).open(&log)?;
+    let before = keep_short(&owner_log)?;
+    command.stdin(Stdio::null()).stdout(writing).stderr(owner_log);
     let mut child = command.spawn()?;
     drop(command);
     let mut said = String::new();
@@ -205,8 +238,21 @@ pub async fn start(args: Start) -> Result<Exit, Problem> {
         return Ok(Exit::Done);
     }
     let status = child.wait()?;
-    let words = std::fs::read_to_string(&log).unwrap_or_default();
-    let words = words.trim_end().strip_prefix("qvirt: ").unwrap_or(words.trim_end()).to_owned();
+    let words = std::fs::read(&log).unwrap_or_default();
+    let words = String::from_utf8_lossy(words.get(before..).unwrap_or_default()).into_owned();
+    // Warnings come first, as they are; the last thing an owner says is why it failed.
+    let last = words.rfind("\nqvirt: ").map_or(0, |end_of_line| end_of_line + 1);
+    eprint!("{}", &words[..last]);
+    let words = words[last..].trim_end();
+    let words = words.strip_prefix("qvirt: ").unwrap_or(words).to_owned();
     let exit = status.code().and_then(|code| u8::try_from(code).ok()).filter(|code| *code != 0).unwrap_or(1);
     Err(Problem { exit, message: words })
+}
+
+/// Empties an owner's log that has grown past 1 MiB; gives the length that it has.
+fn keep_short(log: &std::fs::File) -> std::io::Result<usize> {
+    if log.metadata()?.len() > 1 << 20 {
+        log.set_len(0)?;
+    }
+    Ok(usize::try_from(log.metadata()?.len()).unwrap_or(usize::MAX))
 }

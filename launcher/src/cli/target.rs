@@ -42,8 +42,11 @@ pub fn stored(folders: &Folders, vm: &VmName) -> Result<VmConfig, Problem> {
     Ok(config)
 }
 
-/// There is no such VM, and what there is.
+/// There is no such VM, and what there is; or it runs, and is not stored.
 pub fn unknown(folders: &Folders, vm: &VmName) -> Problem {
+    if folders.vm(vm).is_ok_and(|files| files.dir().exists()) {
+        return Problem::new(Exit::Unknown, format!("VM {vm} has no stored config: `qvirt define FILE` stores one"));
+    }
     let mut known = folders.defined().unwrap_or_default();
     known.extend(folders.with_runtime().unwrap_or_default());
     known.sort();

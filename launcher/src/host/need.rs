@@ -5,6 +5,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use devices::host::{Access, HostNeed, Switch};
@@ -54,6 +55,12 @@ pub enum NeedError {
         /// The path.
         path: PathBuf,
     },
+    /// Somebody listens there, and QEMU would take the path away from them.
+    #[error("{}: another process listens on this socket: give the channel another `path`", path.display())]
+    Listening {
+        /// The path.
+        path: PathBuf,
+    },
     /// A socket file that cannot be removed.
     #[error("socket {}", path.display())]
     Socket {
@@ -95,15 +102,14 @@ impl Host {
     /// Undoes what [`Host::meet`] did, as far as it was done.
     pub fn give_back(&self, id: &DeviceId, need: &HostNeed) -> Result<(), NeedError> {
         match need {
-            HostNeed::Image { path, .. } => match LeaseKey::image(Path::new(path)) {
-                Ok(key) => Ok(self.leases.release(&key, &self.vm, id.as_str())?),
-                // The image is gone, so its identity cannot be had; the lease ends with the VM.
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-                Err(source) => Err(NeedError::Image { path: path.into(), source }),
-            },
+            // By holder, not by path: the image may have been renamed or removed meanwhile.
+            HostNeed::Image { .. } => Ok(self.leases.release_device(&self.vm, &self.run_dir, id.as_str())?),
             HostNeed::Tap { name, switch: Some(switch), .. } if switch.openvswitch => {
-                Ovs::default().del_port(&name.parse()?, self.vm.as_str())?;
-                Ok(())
+                match Ovs::default().del_port(&name.parse()?, self.vm.as_str()) {
+                    // Without the client there is no port of ours either: it is what adds them.
+                    Ok(_) | Err(OvsError::NoClient { .. }) => Ok(()),
+                    Err(error) => Err(error.into()),
+                }
             }
             // A tap that was made goes with its last descriptor; one that was there before stays as the user made it.
             HostNeed::Tap { .. } | HostNeed::VhostNet { .. } => Ok(()),
@@ -158,15 +164,21 @@ impl Host {
     }
 }
 
+/// QEMU removes what lies there before it binds, so what somebody uses must not lie there.
 fn socket_is_free(path: &Path) -> Result<(), NeedError> {
     match std::fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => Err(NeedError::NoSocket { path: path.to_owned() }),
+        Ok(_) if UnixStream::connect(path).is_ok() => Err(NeedError::Listening { path: path.to_owned() }),
         _ => Ok(()),
     }
 }
 
+/// Removes a socket that nobody listens on: QEMU is dead, or has closed it.
 fn remove_socket(path: &Path) -> Result<(), NeedError> {
-    socket_is_free(path)?;
+    if socket_is_free(path).is_err() {
+        // Not what QEMU made for us.
+        return Ok(());
+    }
     match std::fs::remove_file(path) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
             Err(NeedError::Socket { path: path.to_owned(), source })

@@ -1,5 +1,6 @@
 //! Who has a lease, whether they live, and how to tell people.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -67,6 +68,11 @@ pub enum Staleness {
 
 /// Asks the locks and the journal in the holder's runtime folder.
 pub fn look(holder: &Holder) -> Staleness {
+    // What a stranger's lease says of a folder that is not the stranger's tells nothing.
+    match std::fs::symlink_metadata(&holder.run_dir) {
+        Ok(folder) if !folder.is_dir() || folder.uid() != holder.uid => return Staleness::Unknown,
+        _ => {}
+    }
     for lock in ["life", "owner"] {
         match locks::probe(&holder.run_dir.join(lock)) {
             Ok(true) => return Staleness::Live,

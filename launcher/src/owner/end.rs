@@ -7,7 +7,10 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::{Owner, Reply, Signal, exit_words, not_now};
+use super::{Locks, Owner, Reply, Signal, exit_words, not_now};
+use qmp_client::KnownEvent;
+
+use crate::control::event_line;
 use crate::process::{Exit, last_lines};
 use crate::record::{Launch, Stage};
 use crate::request::{Class, Failure, Shutdown};
@@ -29,9 +32,14 @@ pub enum Ending {
         shop: Option<Box<Workshop>>,
         /// The record.
         launch: Box<Launch>,
+        /// To be held until all is cleared up.
+        locks: Locks,
     },
     /// The VM runs on without an owner.
-    Left,
+    Left {
+        /// To be held until the control sockets are gone.
+        locks: Locks,
+    },
 }
 
 /// What is under way to an end.
@@ -58,6 +66,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const PRESS_AGAIN: Duration = Duration::from_secs(3);
 /// How long `qvirt run` waits for the guest after SIGTERM.
 const SIGNAL_PATIENCE: Duration = Duration::from_secs(90);
+/// How long QEMU's last events may be on their way when it has ended already.
+const LAST_EVENTS: Duration = Duration::from_millis(500);
 /// How long after the monitor's end QEMU may take to end itself.
 const SILENCE: Duration = Duration::from_secs(5);
 
@@ -67,7 +77,8 @@ impl Farewell {
     }
 
     pub(super) fn next_wake(&self) -> impl Iterator<Item = Instant> {
-        let deadlines = self.waiting.iter().map(|(deadline, _)| *deadline).min();
+        // Once it is killed nobody is answered before it has ended.
+        let deadlines = self.waiting.iter().map(|(deadline, _)| *deadline).min().filter(|_| !self.killing);
         let silence = self.silent_since.map(|since| since + SILENCE);
         let reboot = self.reboot.as_ref().map(|(deadline, _)| *deadline);
         [self.shutdown.map(|s| s.0), self.press_again, deadlines, self.kill_at, silence, reboot].into_iter().flatten()
@@ -220,15 +231,29 @@ impl Owner {
         }
     }
 
+    /// Ends a VM whose launch could not be finished.
+    pub async fn abort(self) -> Ending {
+        crate::launch::end(&self.process).await;
+        let exit = self.process.exited().await;
+        self.ended(exit).await
+    }
+
     /// QEMU has ended.
     pub(super) async fn ended(mut self, exit: Exit) -> Ending {
         // The last events are still in the pipe.
-        while let Some(event) = self.events.try_next() {
-            self.on_event(&event);
-        }
+        let last = async {
+            while let Some(event) = self.events.next().await {
+                let _ = self.broadcast.send(event_line(&event));
+                if let KnownEvent::Shutdown(shutdown) = event.view() {
+                    self.farewell.cause = Some(shutdown.reason.to_string());
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LAST_EVENTS, last).await;
         let cause = self.farewell.cause.take();
         let asked = self.farewell.is_ending() || self.farewell.signals > 0;
-        let in_order = asked || (cause.is_some() && exit.success()) || matches!(exit, Exit::Gone);
+        // Of an adopted QEMU the exit status is not ours to know; it says why it shuts down if it does so by itself.
+        let in_order = asked || (cause.is_some() && (exit.success() || exit == Exit::Gone));
         let reason = match &cause {
             Some(cause) if exit.success() || exit == Exit::Gone => cause.clone(),
             Some(cause) => format!("{cause}; QEMU {}", exit_words(&exit)),
@@ -237,13 +262,15 @@ impl Owner {
         self.run = VmState::Stopped(reason.clone());
         self.publish();
         self.announce("QVIRT_STOPPED", json!({"reason": reason, "in-order": in_order}));
-        for reply in self.farewell.waiting.drain(..).map(|(_, reply)| reply).chain(self.farewell.killed.drain(..)) {
+        let reboot = self.farewell.reboot.take();
+        let waiting = self.farewell.waiting.drain(..).chain(reboot).map(|(_, reply)| reply);
+        for reply in waiting.chain(self.farewell.killed.drain(..)) {
             let _ = reply.send(Ok(json!({"outcome": "stopped", "reason": reason})));
         }
         // A job at work learns from the closed connection, and brings the workshop home.
         let shop = self.shop_when_home().await;
         let last_words = if in_order { String::new() } else { last_lines(&self.log, 10) };
-        Ending::Stopped { reason, in_order, last_words, shop, launch: Box::new(self.launch) }
+        Ending::Stopped { reason, in_order, last_words, shop, launch: Box::new(self.launch), locks: self.locks }
     }
 
     async fn shop_when_home(&mut self) -> Option<Box<Workshop>> {
@@ -264,6 +291,6 @@ impl Owner {
     pub(super) fn left(self) -> Ending {
         let pending = self.stages.values().filter(|stage| **stage == Stage::Leaving).count();
         info!(vm = %self.launch.vm, pending, "leaving the VM without an owner; `qvirt run` adopts it");
-        Ending::Left
+        Ending::Left { locks: self.locks }
     }
 }

@@ -68,6 +68,13 @@ pub struct Born {
     pub life: Option<OfdLock>,
 }
 
+/// What says that this process owns the VM. Whoever clears up behind it holds them until that is done.
+#[derive(Debug)]
+pub struct Locks {
+    _owner: OfdLock,
+    _life: Option<OfdLock>,
+}
+
 /// The way back to whoever asked.
 type Reply = oneshot::Sender<Result<Value, Failure>>;
 
@@ -76,10 +83,14 @@ type Reply = oneshot::Sender<Result<Value, Failure>>;
 enum Finished {
     Work(Box<Workshop>, plug::Outcome),
     Look(Truth),
+    Facts(Box<crate::request::Attach>, Result<devices::host::HostFacts, Failure>, Reply),
 }
 
 /// How often the log's size and pending departures are looked at.
 const TICK: Duration = Duration::from_secs(2);
+
+/// How long the journal may grow before it is written anew.
+const JOURNAL_BYTES: u64 = 1 << 20;
 
 /// The owner.
 pub struct Owner {
@@ -108,13 +119,14 @@ pub struct Owner {
     run: VmState,
     looking: bool,
     look_again: bool,
+    /// Whether a device of ours came since QEMU was last asked.
+    outdated: bool,
     farewell: Farewell,
     generation: u64,
     status: watch::Sender<Arc<Status>>,
     broadcast: broadcast::Sender<Arc<[u8]>>,
     requests: mpsc::Receiver<Envelope>,
-    _owner_lock: OfdLock,
-    _life: Option<OfdLock>,
+    locks: Locks,
 }
 
 /// What others get of an owner.
@@ -168,17 +180,19 @@ impl Owner {
             run: VmState::Starting,
             looking: false,
             look_again: false,
+            outdated: false,
             farewell: Farewell::default(),
             generation: 0,
             status,
             broadcast: events.clone(),
             requests,
             launch: born.launch,
-            _owner_lock: born.owner_lock,
-            _life: born.life,
+            locks: Locks { _owner: born.owner_lock, _life: born.life },
         };
-        let truth = truth::look(qmp.clone()).await;
+        let truth = truth::look(qmp.clone(), owner.known()).await;
         owner.learn(truth);
+        // The former owner may have died before it asked them, or between their end and the end of what they stood on.
+        owner.queue.extend(owner.departures.iter().filter(|(_, d)| !d.clearing).map(|(id, _)| Job::Ask(id.clone())));
         // An attach that was interrupted may have left a controller that nobody uses.
         owner.dismiss_unused();
         owner.publish();
@@ -187,14 +201,14 @@ impl Owner {
 
     /// Lets the guest go, and notes that the launch is finished. In this order: an owner that dies in between is followed by one that does
     /// it again.
-    pub async fn go(&mut self, paused: bool) -> Result<(), qmp_client::QmpError> {
-        if !paused {
+    pub async fn go(&mut self) -> Result<(), qmp_client::QmpError> {
+        if !self.launch.paused {
             self.qmp.call("cont", Value::Null).await?;
         }
         if let Some(shop) = &mut self.shop {
             shop.note(&crate::record::Entry::Live);
         }
-        let truth = truth::look(self.qmp.clone()).await;
+        let truth = truth::look(self.qmp.clone(), self.known()).await;
         self.learn(truth);
         self.publish();
         Ok(())
@@ -216,7 +230,11 @@ impl Owner {
                 Some(done) = self.jobs.join_next() => match done {
                     Ok(Finished::Work(shop, outcome)) => self.on_outcome(shop, outcome),
                     Ok(Finished::Look(truth)) => self.on_truth(truth),
-                    Err(error) => warn!(%error, "a job was lost"),
+                    Ok(Finished::Facts(attach, facts, reply)) => self.on_facts(attach, facts, reply),
+                    Err(error) => {
+                        warn!(%error, "a job was lost, and with it the journal: leaving the VM; `qvirt run` adopts it");
+                        return self.left();
+                    }
                 },
                 () = until(wake) => self.on_time(),
                 _ = tick.tick() => self.on_tick(),
@@ -224,6 +242,7 @@ impl Owner {
                 Some(envelope) = self.requests.recv() => self.on_request(envelope),
             }
             if self.farewell.leave && self.shop.is_some() {
+                // What waits has not begun: whoever asked learns that the owner ended.
                 return self.left();
             }
             if !talking && self.process.try_exited().is_none() && self.farewell.since_silence(Instant::now()) {
@@ -263,7 +282,14 @@ impl Owner {
         match event.view() {
             KnownEvent::DeviceDeleted(gone) => {
                 if let Some(id) = gone.device.and_then(|id| id.parse().ok()) {
-                    self.deleted(&id);
+                    match self.stages.get(&id) {
+                        // Nobody asked it to leave: the event may be late and mean a former device of that id.
+                        Some(Stage::Present) => self.look(),
+                        _ => self.deleted(&id),
+                    }
+                }
+                if !self.foreign.is_empty() {
+                    self.look();
                 }
             }
             KnownEvent::DeviceUnplugGuestError(refusal) => {
@@ -289,9 +315,18 @@ impl Owner {
             warn!(log = ?self.log, %error, "QEMU's log could not be kept under its cap");
         }
         self.write_faults();
+        self.shorten_journal();
         self.remind();
         if !self.departures.is_empty() {
             self.look();
+        }
+    }
+
+    fn shorten_journal(&mut self) {
+        if let Some(shop) = &mut self.shop
+            && shop.journal.length_bytes() > JOURNAL_BYTES
+        {
+            shop.shorten_journal();
         }
     }
 

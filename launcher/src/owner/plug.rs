@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use devices::host::HostFacts;
 use devices::{DeviceId, Moment, Placed, plan};
+use qmp_client::QmpError;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 use tracing::{info, warn};
@@ -36,8 +37,6 @@ pub(super) enum Job {
 /// What came of a job.
 #[derive(Debug)]
 pub(super) enum Outcome {
-    /// The images were looked at, or could not be.
-    Facts(Box<Attach>, Result<HostFacts, Failure>, Reply),
     /// Devices were made, or not.
     Attached(Vec<Placed>, Result<(), WorkError>, Reply),
     /// A device was asked to leave.
@@ -107,13 +106,11 @@ impl Owner {
     }
 
     fn gather_facts(&mut self, attach: Box<Attach>, reply: Reply) {
-        let Some(shop) = self.shop.take() else { return };
+        let Some(run_dir) = self.shop.as_ref().map(|shop| shop.host.run_dir.clone()) else { return };
         if attach.device.image().is_none() {
-            let facts = HostFacts { run_dir: shop.host.run_dir.to_string_lossy().into_owned(), ..HostFacts::default() };
-            self.shop = Some(shop);
+            let facts = HostFacts { run_dir: run_dir.to_string_lossy().into_owned(), ..HostFacts::default() };
             return self.queue.push_front(Job::Attach(attach, facts, reply));
         }
-        let run_dir = shop.host.run_dir.clone();
         let device = attach.device.clone();
         self.jobs.spawn(async move {
             let looked = tokio::task::spawn_blocking(move || blueprint::facts(&device, &run_dir)).await;
@@ -122,8 +119,16 @@ impl Owner {
                 Ok(Err(error)) => Err(Failure::of(Class::Refused, &error)),
                 Err(error) => Err(Failure::of(Class::Generic, &error)),
             };
-            Finished::Work(shop, Outcome::Facts(attach, facts, reply))
+            Finished::Facts(attach, facts, reply)
         });
+    }
+
+    /// The images were looked at, or could not be.
+    pub(super) fn on_facts(&mut self, attach: Box<Attach>, facts: Result<HostFacts, Failure>, reply: Reply) {
+        match facts {
+            Ok(facts) => self.queue.push_back(Job::Attach(attach, facts, reply)),
+            Err(failure) => drop(reply.send(Err(failure))),
+        }
     }
 
     fn attach(&mut self, attach: Attach, facts: &HostFacts, reply: Reply) {
@@ -145,6 +150,7 @@ impl Owner {
         }
         let Some(mut shop) = self.shop.take() else { return };
         self.layout = planned.layout;
+        self.outdated = true;
         self.stages.extend(planned.parts.iter().map(|part| (part.id.clone(), Stage::Arriving)));
         self.jobs.spawn(async move {
             let outcome = shop.attach(&planned.parts).await;
@@ -190,8 +196,6 @@ impl Owner {
     pub(super) fn on_outcome(&mut self, shop: Box<Workshop>, outcome: Outcome) {
         self.shop = Some(shop);
         match outcome {
-            Outcome::Facts(attach, Ok(facts), reply) => self.queue.push_front(Job::Attach(attach, facts, reply)),
-            Outcome::Facts(_, Err(failure), reply) => drop(reply.send(Err(failure))),
             Outcome::Attached(parts, Ok(()), reply) => self.arrived(&parts, reply),
             Outcome::Attached(parts, Err(error), reply) => self.not_arrived(&parts, &error, reply),
             Outcome::Asked(id, asked) => self.on_asked(&id, asked),
@@ -207,16 +211,17 @@ impl Owner {
     }
 
     fn arrived(&mut self, parts: &[Placed], reply: Reply) {
+        // A console's pty is known only now.
+        let mut ask = parts.iter().any(|part| matches!(part.config, devices::DeviceConfig::Serial(_)));
+        self.outdated = true;
         for part in parts {
             info!(device = %part.id, address = ?part.address.as_ref().map(ToString::to_string), "attached");
             self.stages.insert(part.id.clone(), Stage::Present);
             self.announce("QVIRT_DEVICE_ATTACHED", json!({"device": part.id.as_str(), "kind": part.config.table()}));
-            if self.early.remove(&part.id) {
-                self.deleted(&part.id);
-            }
+            // The guest may have thrown it out meanwhile.
+            ask |= self.early.remove(&part.id);
         }
-        // A console's pty is known only now.
-        if parts.iter().any(|part| matches!(part.config, devices::DeviceConfig::Serial(_))) {
+        if ask {
             self.look();
         }
         let _ = reply.send(Ok(attached(parts, Vec::new())));
@@ -235,7 +240,9 @@ impl Owner {
                 self.forget(&part.id);
             }
         }
-        let mut failure = if is_refusal(&error.source) {
+        let mut failure = if is_open(&error.source) {
+            Failure::of(Class::Pending, error)
+        } else if is_refusal(&error.source) {
             Failure::new(Class::Refused, format!("{}: {}", error.id, crate::request::chain(&error.source)))
         } else {
             Failure::of(Class::Generic, error)
@@ -387,6 +394,11 @@ fn attached(parts: &[Placed], commands: Vec<Value>) -> Value {
         device: device.config.clone(),
         commands,
     })
+}
+
+/// Whether a step failed for want of an answer.
+fn is_open(error: &StepError) -> bool {
+    matches!(error, StepError::Qmp { source: QmpError::TimedOut { .. }, .. })
 }
 
 /// Whether a step failed because somebody else has the thing: nothing was tried on the VM then.

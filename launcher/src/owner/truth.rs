@@ -16,30 +16,27 @@ use crate::status::{Foreign, IoFault, VmState};
 /// How many I/O errors wait to be matched at most: older QEMU sends thousands a second.
 const UNMATCHED: usize = 64;
 
-/// The device in a QOM path such as `/machine/peripheral/disk0/virtio-backend`.
-fn id_in(path: &str) -> Option<DeviceId> {
-    path.strip_prefix("/machine/peripheral/")?.split('/').next()?.parse().ok()
+/// The device that QEMU means by an id, or by a QOM path such as `/machine/peripheral/disk0/virtio-backend`: `qdev` of `query-block` is the one
+/// for a SCSI disk, the other for virtio-blk.
+fn id_in(name: &str) -> Option<DeviceId> {
+    let name = if name.starts_with('/') { name.strip_prefix("/machine/peripheral/")? } else { name };
+    name.split('/').next()?.parse().ok()
 }
 
 /// What QEMU said. A question that failed is left unanswered, and nothing is concluded from it.
 #[derive(Debug, Default)]
 pub(super) struct Truth {
     run: Option<String>,
-    /// Every device with an id, and the QOM path of its bus and its `addr` if it is a PCI device that we do not know.
+    /// Every device with an id; of those that we do not know, PCI devices have the QOM path of their bus, and slot and function in one number.
     peripherals: Option<Vec<String>>,
-    places: BTreeMap<String, (String, String)>,
+    strangers: BTreeMap<String, Option<(String, u8)>>,
     ptys: Option<BTreeMap<String, String>>,
-    /// By the device's QOM path: `io-status`, and the node it uses.
+    /// By the device's id or QOM path: `io-status`, and the node it uses.
     disks: BTreeMap<String, (Option<String>, Option<String>)>,
 }
 
-/// Asks everything. Never fails as a whole.
-pub(super) async fn look(qmp: Qmp) -> Truth {
-    look_for(qmp, Vec::new()).await
-}
-
-/// Asks everything, and the places of devices that are not `known`.
-async fn look_for(qmp: Qmp, known: Vec<String>) -> Truth {
+/// Asks everything, and the places of devices that are not `known`. Never fails as a whole.
+pub(super) async fn look(qmp: Qmp, known: Vec<String>) -> Truth {
     let ask = async |command: &str, arguments: Value| match qmp.call(command, arguments).await {
         Ok(value) => Some(value),
         Err(QmpError::Closed(_)) => None,
@@ -54,11 +51,11 @@ async fn look_for(qmp: Qmp, known: Vec<String>) -> Truth {
     for id in unknown {
         let get = async |property: &str| {
             let arguments = json!({"path": format!("/machine/peripheral/{id}"), "property": property});
-            qmp.call("qom-get", arguments).await.ok().and_then(|v| v.as_str().map(str::to_owned))
+            qmp.call("qom-get", arguments).await.unwrap_or_default()
         };
-        if let (Some(bus), Some(addr)) = (get("parent_bus").await, get("addr").await) {
-            truth.places.insert(id.clone(), (bus, addr));
-        }
+        let (bus, addr) = (get("parent_bus").await, get("addr").await);
+        let place = bus.as_str().zip(addr.as_u64().and_then(|addr| u8::try_from(addr).ok()));
+        truth.strangers.insert(id.clone(), place.map(|(bus, addr)| (bus.to_owned(), addr)));
     }
     let chardevs = ask("query-chardev", Value::Null).await;
     truth.ptys = chardevs.map(|list| {
@@ -83,16 +80,26 @@ impl Owner {
             return;
         }
         self.looking = true;
+        self.outdated = false;
+        let (qmp, known) = (self.qmp.clone(), self.known());
+        self.jobs.spawn(async move { Finished::Look(look(qmp, known).await) });
+    }
+
+    /// What QEMU has of ours: whatever else it has is foreign.
+    pub(super) fn known(&self) -> Vec<String> {
         let ports = self.layout.topology().ports().iter().map(|p| p.id.to_string());
         let bridges = self.layout.topology().bridges().iter().map(|b| b.id.to_string());
         let devices = self.layout.devices().iter().map(|d| d.id.to_string());
-        let known = ports.chain(bridges).chain(devices).collect();
-        let qmp = self.qmp.clone();
-        self.jobs.spawn(async move { Finished::Look(look_for(qmp, known).await) });
+        ports.chain(bridges).chain(devices).collect()
     }
 
-    pub(super) fn on_truth(&mut self, truth: Truth) {
+    pub(super) fn on_truth(&mut self, mut truth: Truth) {
         self.looking = false;
+        if self.outdated {
+            // QEMU may have been asked before it had a device of ours, which is then neither gone nor foreign.
+            truth.peripherals = None;
+            self.look_again = true;
+        }
         self.learn(truth);
         if std::mem::take(&mut self.look_again) {
             self.look();
@@ -128,12 +135,12 @@ impl Owner {
             }
         }
         if let Some(peripherals) = truth.peripherals {
-            self.reconcile(&peripherals, &truth.places);
+            self.reconcile(&peripherals, &truth.strangers);
         }
     }
 
     /// Compares QEMU's devices with ours. While a job is at work the devices it works on are its business.
-    fn reconcile(&mut self, peripherals: &[String], places: &BTreeMap<String, (String, String)>) {
+    fn reconcile(&mut self, peripherals: &[String], strangers: &BTreeMap<String, Option<(String, u8)>>) {
         let ours: Vec<(DeviceId, Stage, bool)> = self
             .layout
             .devices()
@@ -146,26 +153,22 @@ impl Owner {
                 self.deleted(&id);
             }
         }
-        if places.is_empty() && self.foreign.is_empty() {
+        if strangers.is_empty() && self.foreign.is_empty() {
             return;
         }
-        let seat = |bus: &str, addr: &str| self.seat_of(bus, addr);
-        let foreign: Vec<Foreign> = places
-            .iter()
-            .map(|(name, (bus, addr))| Foreign { name: name.clone(), address: seat(bus, addr).map(|a| a.to_string()) })
-            .collect();
-        let seats: Vec<(Address, String)> =
-            places.iter().filter_map(|(name, (bus, addr))| Some((seat(bus, addr)?, name.clone()))).collect();
+        let place = |place: &Option<(String, u8)>| place.as_ref().and_then(|(bus, addr)| self.seat_of(bus, *addr));
+        let seats: Vec<(String, Option<Address>)> = strangers.iter().map(|(name, at)| (name.clone(), place(at))).collect();
+        let shown = |(name, address): &(String, Option<Address>)| Foreign { name: name.clone(), address: address.as_ref().map(Address::to_string) };
+        let foreign = seats.iter().map(shown).collect();
+        let seats: Vec<(Address, String)> = seats.into_iter().filter_map(|(name, address)| Some((address?, name))).collect();
         self.layout.topology_mut().set_foreign(seats);
         self.foreign = foreign;
     }
 
-    /// The seat that QEMU's names of a bus and an address mean.
-    fn seat_of(&self, bus: &str, addr: &str) -> Option<Address> {
+    /// The seat that QEMU's path of a bus and the property `addr` mean: a number when read, though it is written as a text.
+    fn seat_of(&self, bus: &str, addr: u8) -> Option<Address> {
         let bus = bus.rsplit('/').next()?;
-        let (slot, function) = addr.split_once('.')?;
-        let slot = Slot(u8::from_str_radix(slot, 16).ok()?);
-        let function = Function(u8::from_str_radix(function, 16).ok()?);
+        let (slot, function) = (Slot(addr >> 3), Function(addr & 7));
         let is = |id: &DeviceId| id.as_str() == bus;
         let topology = self.layout.topology();
         if let Some(port) = topology.ports().iter().find(|p| is(&p.id)) {

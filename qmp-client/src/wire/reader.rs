@@ -8,6 +8,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFl
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
+use super::cut::{Cut, Scan};
 use super::{MAX_FDS, MAX_LINE, WireError, beginning};
 
 /// What is read at once at first, and what a quiet session keeps.
@@ -37,6 +38,7 @@ pub struct LineReader {
     scanned: usize,
     /// Descriptors, each with a place in the buffer that lies within its line.
     fds: Vec<(usize, OwnedFd)>,
+    cut: Cut,
     limit: usize,
 }
 
@@ -54,7 +56,13 @@ impl LineReader {
 
     /// A reader that takes lines of up to `limit` bytes, the end of line not counted.
     pub fn with_limit(limit: usize) -> Self {
-        Self { buffer: Vec::new(), start: 0, scanned: 0, fds: Vec::new(), limit }
+        Self { buffer: Vec::new(), start: 0, scanned: 0, fds: Vec::new(), cut: Cut::Lines, limit }
+    }
+
+    /// A reader for the server's side: it takes what QEMU's own monitor takes, so JSON objects with or without ends of line between or
+    /// in them. What is no object is a line.
+    pub fn of_objects() -> Self {
+        Self { cut: Cut::Objects(Scan::default()), ..Self::new() }
     }
 
     /// The next line of `stream`, which must be the same stream on every call; `None` once the peer has
@@ -90,21 +98,24 @@ impl LineReader {
 
     fn take_line(&mut self) -> Result<Option<Line>, WireError> {
         loop {
-            let end = memchr::memchr(b'\n', &self.buffer[self.scanned..]).map(|at| self.scanned + at);
-            let text = &self.buffer[self.start..end.unwrap_or(self.buffer.len())];
+            let end = self
+                .cut
+                .end(&self.buffer[self.scanned..])
+                .map(|(end, next)| (self.scanned + end, self.scanned + next));
+            let text = &self.buffer[self.start..end.map_or(self.buffer.len(), |(end, _)| end)];
             let text = text.strip_suffix(b"\r").unwrap_or(text);
             if text.len() > self.limit {
                 return Err(WireError::TooLong { limit: self.limit });
             }
-            let Some(end) = end else {
+            let Some((_, next)) = end else {
                 self.scanned = self.buffer.len();
                 return Ok(None);
             };
             let text = (!text.trim_ascii().is_empty()).then(|| text.to_vec());
-            self.start = end + 1;
-            self.scanned = self.start;
+            self.start = next;
+            self.scanned = next;
             if let Some(text) = text {
-                let mine = self.fds.partition_point(|(at, _)| *at <= end);
+                let mine = self.fds.partition_point(|(at, _)| *at < next);
                 let fds = self.fds.drain(..mine).map(|(_, fd)| fd).collect();
                 return Ok(Some(Line { text, fds }));
             }

@@ -60,6 +60,64 @@ async fn lines_are_cut_however_the_bytes_come() {
     }
 }
 
+/// What QEMU's monitor takes: no ends of line, several objects in a line, objects of several lines, and sense again after nonsense.
+#[tokio::test]
+async fn objects_are_cut_however_the_bytes_come() {
+    let bytes = r#"{"a":"}{\""}{"b":[{},
+ {"c": 1}]}   [1]
+nonsense { "
+}
+"text"
+{"torn": "by an end of line
+{"d":"\\"}{"e":1}"#;
+    let objects = [
+        r#"{"a":"}{\""}"#,
+        "{\"b\":[{},\n {\"c\": 1}]}",
+        "   [1]",
+        "nonsense { \"",
+        "}",
+        "\"text\"",
+        "{\"torn\": \"by an end of line",
+        r#"{"d":"\\"}"#,
+        r#"{"e":1}"#,
+    ];
+    for step in 1..=bytes.len() {
+        let (mut ours, theirs) = pair();
+        let read = tokio::spawn(async move {
+            let mut reader = LineReader::of_objects();
+            let mut lines = Vec::new();
+            while let Some(line) = reader.next(&theirs).await.expect("readable") {
+                lines.push(text(line));
+            }
+            lines
+        });
+        for piece in bytes.as_bytes().chunks(step) {
+            ours.write_all(piece).await.expect("room");
+            settle().await;
+        }
+        drop(ours);
+        assert_eq!(read.await.expect("no panic"), objects, "step {step}");
+    }
+}
+
+#[tokio::test]
+async fn a_descriptor_goes_with_its_object() {
+    let (ours, theirs) = pair();
+    let mut reader = LineReader::of_objects();
+    // The writer ends its lines, which leaves a blank one before the next object.
+    for number in 0..2 {
+        let fd = says(&number.to_string());
+        write_line(&ours, format!("{{\"n\":{number}}}").as_bytes(), &[fd.as_fd()]).await.expect("room");
+    }
+    for number in 0..2 {
+        let line = next(&mut reader, &theirs).await;
+        assert_eq!(
+            (line.text, said(line.fds)),
+            (format!("{{\"n\":{number}}}").into_bytes(), vec![number.to_string()])
+        );
+    }
+}
+
 #[tokio::test]
 async fn a_dropped_read_loses_nothing() {
     let (mut ours, theirs) = pair();

@@ -1,0 +1,19 @@
+//! The command line and the control socket as scripts and other programs meet them: whole error texts, exit codes, JSON, and that nothing
+//! is left on the host. No guest is needed: the QEMUs are real, their processors mostly never run.
+//!
+//! `configs`, `images`, `programs` and `host` have wrong inputs, `words` and `printing` the command line itself, `lives` the ways
+//! from one owner to the next, `socket` the control socket byte by byte, `existing` a client that others wrote, and `contract` what
+//! qvirt takes QEMU to be able to.
+
+mod configs;
+mod contract;
+mod existing;
+mod host;
+mod images;
+mod lives;
+mod printing;
+mod programs;
+mod raw;
+mod scene;
+mod socket;
+mod words;

@@ -1,0 +1,5 @@
+//! `fake-qemu`: see `tests::fake`.
+
+fn main() {
+    tests::fake::main();
+}
