@@ -157,9 +157,12 @@ impl Layout {
         bare
     }
 
-    /// Remembers the generations of a device that came and went.
+    /// Remembers the generations of a device that came and went, and that its seat was left.
     pub fn remember(&mut self, gone: &Placed) {
         self.note_generation(gone);
+        if let Some(seat) = &gone.address {
+            self.topology.was_left(seat);
+        }
     }
 
     /// Puts a device back that is known from the journal: adoption.

@@ -164,6 +164,18 @@ pub struct Topology {
     scsi: BTreeMap<u8, DeviceId>,
     serial: BTreeMap<u8, DeviceId>,
     taken: BTreeMap<Address, Occupant>,
+    #[serde(skip)]
+    vacated: Vacated,
+}
+
+/// Ports that devices left, the latest last. A preference and no fact about seats: tables that differ in nothing else are equal.
+#[derive(Clone, Debug, Default)]
+struct Vacated(Vec<DeviceId>);
+
+impl PartialEq for Vacated {
+    fn eq(&self, _: &Vacated) -> bool {
+        true
+    }
 }
 
 const DEVICE_SLOTS: RangeInclusive<u8> = 0x03..=0x1e;
@@ -294,6 +306,9 @@ impl Topology {
 
     /// The device is gone: its seat is free. A controller's own seats go with it.
     pub fn release(&mut self, id: &DeviceId) {
+        let seats = self.taken.iter().filter(|(_, o)| o.name == id.as_str() && o.hold != Hold::Foreign);
+        let seats: Vec<Address> = seats.map(|(address, _)| address.clone()).collect();
+        seats.iter().for_each(|seat| self.was_left(seat));
         self.taken.retain(|_, occupant| occupant.name != id.as_str() || occupant.hold == Hold::Foreign);
         self.scsi.retain(|_, controller| controller != id);
         self.serial.retain(|_, controller| controller != id);
@@ -386,8 +401,21 @@ impl Topology {
         Ok(address)
     }
 
+    /// Notes that a device left a seat a moment ago.
+    pub(crate) fn was_left(&mut self, seat: &Address) {
+        if let Address::Pci(PciSeat::Port(port)) = seat {
+            self.vacated.0.retain(|other| other != port);
+            self.vacated.0.push(port.clone());
+        }
+    }
+
+    /// The first port that nobody sat on, or the one that was left the longest ago. Seen with QEMU 7.2 and 10.0: a guest with ACPI hot-plug may
+    /// be told of an eject twice, if anything else is plugged meanwhile, and the second time it ejects whatever sits there by then.
     fn any_port(&mut self, moment: Moment) -> Result<Address, TopologyError> {
-        if let Some(port) = self.free_ports().next() {
+        let left = |port: &&RootPort| {
+            self.vacated.0.iter().position(|other| *other == port.id).map_or(0, |place| place + 1)
+        };
+        if let Some(port) = self.free_ports().min_by_key(left) {
             return Ok(Address::Pci(PciSeat::Port(port.id.clone())));
         }
         if self.grows && moment == Moment::Cold {
@@ -509,8 +537,9 @@ impl Topology {
     fn serial_port(&self, console: bool) -> Result<Address, TopologyError> {
         let first = u8::from(!console);
         let staying = self.serial.iter().filter(|(_, id)| !self.is_leaving(id)).map(|(index, _)| *index);
-        let ports =
-            staying.flat_map(|controller| (first..SERIAL_PORTS).map(move |nr| Address::SerialPort { controller, nr }));
+        let ports = staying.flat_map(|controller| {
+            (first..SERIAL_PORTS).map(move |nr| Address::SerialPort { controller, nr })
+        });
         self.first_free(ports, "virtio-serial port")
     }
 

@@ -62,7 +62,11 @@ pub enum AdoptError {
     #[error(transparent)]
     Process(#[from] ProcessError),
     #[error("VM {vm} could not be adopted, and runs on: {}", crate::request::chain(.cause))]
-    Qemu { vm: VmName, #[source] cause: Cause },
+    Qemu {
+        vm: VmName,
+        #[source]
+        cause: Cause,
+    },
     #[error("VM {vm} ended while it was adopted: `qvirt recover {vm}` clears up")]
     Ended { vm: VmName },
     #[error(transparent)]
@@ -88,7 +92,8 @@ pub fn life(files: &VmFiles) -> Result<Life, LockError> {
 /// Adopts a running VM. Returns whether its launch still has to be finished as well.
 pub async fn adopt(folders: &Folders, vm: &VmName) -> Result<(Born, bool), AdoptError> {
     let files = folders.vm(vm)?;
-    let owner_lock = OfdLock::try_acquire(&files.owner())?.ok_or_else(|| AdoptError::Owned { vm: vm.clone() })?;
+    let owner_lock =
+        OfdLock::try_acquire(&files.owner())?.ok_or_else(|| AdoptError::Owned { vm: vm.clone() })?;
     let launch = Launch::load(&files.launch())?;
     let (mut journal, entries) = Journal::<Entry>::open(&files.journal(), vm)?;
     let memory = Memory::of(entries);
@@ -99,7 +104,8 @@ pub async fn adopt(folders: &Folders, vm: &VmName) -> Result<(Born, bool), Adopt
     let failed = |cause| AdoptError::Qemu { vm: vm.clone(), cause };
     let (qmp, events) = connect(&files.qmp(), &process).await.map_err(failed)?;
     same_uuid(&qmp, &launch.machine.uuid).await.map_err(failed)?;
-    let host = Host { vm: vm.clone(), run_dir: files.dir().to_owned(), leases: Leases::open(&folders.leases)? };
+    let host =
+        Host { vm: vm.clone(), run_dir: files.dir().to_owned(), leases: Leases::open(&folders.leases)? };
     let mut shop = Workshop { journal, host: Arc::new(host), qmp };
     if memory.identity.is_none() {
         shop.note(&Entry::Started(process.identity().clone()));
@@ -110,11 +116,27 @@ pub async fn adopt(folders: &Folders, vm: &VmName) -> Result<(Born, bool), Adopt
     }
     let there = peripherals(&shop.qmp).await.map_err(|error| failed(error.into()))?;
     let bare = launch.layout.bare();
-    let (layout, stages) = settle(&mut shop, bare, &memory, &there).await.map_err(|reason| AdoptError::Layout { vm: vm.clone(), reason })?;
+    let (layout, stages) = settle(&mut shop, bare, &memory, &there)
+        .await
+        .map_err(|reason| AdoptError::Layout { vm: vm.clone(), reason })?;
     let log = log_file(folders, vm);
     info!(%vm, pid = process.pid(), devices = layout.devices().len(), "adopted");
     let unfinished = !memory.live;
-    Ok((Born { launch, log, process, events, shop, layout, stages, faults: memory.faults, owner_lock, life: None }, unfinished))
+    Ok((
+        Born {
+            launch,
+            log,
+            process,
+            events,
+            shop,
+            layout,
+            stages,
+            faults: memory.faults,
+            owner_lock,
+            life: None,
+        },
+        unfinished,
+    ))
 }
 
 /// Compares the journal with QEMU, finishes or undoes what was interrupted.
@@ -198,10 +220,12 @@ pub fn recover(folders: &Folders, vm: &VmName) -> Result<Vec<String>, AdoptError
     if probe(&files.life())? {
         return Err(AdoptError::Orphan { vm: vm.clone() });
     }
-    let entries = journal::read_only::<Entry>(&files.journal())?.map(|(_, entries)| entries).unwrap_or_default();
+    let entries =
+        journal::read_only::<Entry>(&files.journal())?.map(|(_, entries)| entries).unwrap_or_default();
     let devices: Vec<Placed> = Memory::of(entries).devices.into_iter().map(|(device, _)| device).collect();
     let ids = devices.iter().map(|d| d.id.to_string()).collect();
-    let host = Host { vm: vm.clone(), run_dir: files.dir().to_owned(), leases: Leases::open(&folders.leases)? };
+    let host =
+        Host { vm: vm.clone(), run_dir: files.dir().to_owned(), leases: Leases::open(&folders.leases)? };
     clear_up(&host, devices.into_iter(), files.dir())?;
     info!(%vm, "recovered");
     Ok(ids)
@@ -216,7 +240,9 @@ pub async fn kill_orphan(folders: &Folders, vm: &VmName) -> Result<(), AdoptErro
 /// Ends a VM's QEMU past its owner.
 pub async fn end_qemu(folders: &Folders, vm: &VmName) -> Result<(), AdoptError> {
     let files = folders.vm(vm)?;
-    let memory = journal::read_only::<Entry>(&files.journal())?.map(|(_, entries)| Memory::of(entries)).unwrap_or_default();
+    let memory = journal::read_only::<Entry>(&files.journal())?
+        .map(|(_, entries)| Memory::of(entries))
+        .unwrap_or_default();
     let process = process_of(vm, &files, memory.identity.as_ref())?;
     info!(%vm, pid = process.pid(), "ending QEMU");
     end(&process).await;

@@ -81,11 +81,18 @@ impl Blueprint {
     }
 
     /// Plans a VM for a QEMU and a host that are known already.
-    pub fn draw_for(config: VmConfig, binary: PathBuf, qemu: Capabilities, host: &accel::HostFacts, files: &VmFiles) -> Result<Blueprint, BlueprintError> {
+    pub fn draw_for(
+        config: VmConfig,
+        binary: PathBuf,
+        qemu: Capabilities,
+        host: &accel::HostFacts,
+        files: &VmFiles,
+    ) -> Result<Blueprint, BlueprintError> {
         let (accel, accel_reason) = accel::choose(config.accel, host)
             .map_err(|source| BlueprintError::Accel { path: config.path.clone(), source })?;
         let machine = machine(&config, accel, &qemu);
-        let machine = machine.map_err(|source| BlueprintError::Machine { path: config.path.clone(), source })?;
+        let machine =
+            machine.map_err(|source| BlueprintError::Machine { path: config.path.clone(), source })?;
         let facts = facts_of(&config, files)?;
         let layout = layout(&config, machine.shares_memory(), &facts, &qemu)?;
         let accel_reason = format!("{}: {accel_reason}", machine.accel);
@@ -132,10 +139,15 @@ fn facts_of(config: &VmConfig, files: &VmFiles) -> Result<HostFacts, ConfigError
         add_facts(&mut facts, device).map_err(|error| config.at_device(index, error))?;
     }
     for path in config.firmware.iter().flat_map(|f| [Some(&f.code), f.vars.as_ref()]).flatten() {
-        image::chain(path, Some(devices::host::Format::Raw)).map_err(|error| config.at_top(format!("firmware: {error}")))?;
+        image::chain(path, Some(devices::host::Format::Raw))
+            .map_err(|error| config.at_top(format!("firmware: {error}")))?;
     }
     for path in config.kernel.iter().flat_map(|k| [Some(&k.path), k.initrd.as_ref()]).flatten() {
-        std::fs::File::open(path).map_err(|error| config.at_top(format!("kernel file {path} cannot be opened: {error}; check `path` and `initrd` of [kernel]")))?;
+        std::fs::File::open(path).map_err(|error| {
+            config.at_top(format!(
+                "kernel file {path} cannot be opened: {error}; check `path` and `initrd` of [kernel]"
+            ))
+        })?;
     }
     Ok(facts)
 }
@@ -157,13 +169,18 @@ fn machine(config: &VmConfig, accel: Accel, qemu: &Capabilities) -> Result<Machi
     Ok(machine)
 }
 
-fn layout(config: &VmConfig, shared_memory: bool, facts: &HostFacts, qemu: &Capabilities) -> Result<Layout, ConfigError> {
+fn layout(
+    config: &VmConfig,
+    shared_memory: bool,
+    facts: &HostFacts,
+    qemu: &Capabilities,
+) -> Result<Layout, ConfigError> {
     let reserve = config.pcie.pref64_reserve;
     let topology = if config.controllers.is_empty() {
         Topology::growing(reserve)
     } else {
-        let (ports, bridges) =
-            written_out(&config.controllers, reserve).map_err(|(index, rule)| config.at_controller(index, rule))?;
+        let (ports, bridges) = written_out(&config.controllers, reserve)
+            .map_err(|(index, rule)| config.at_controller(index, rule))?;
         Topology::written_out(ports, bridges)
     };
     let empty = Layout::new(config.name.as_str(), shared_memory, topology);
@@ -171,7 +188,10 @@ fn layout(config: &VmConfig, shared_memory: bool, facts: &HostFacts, qemu: &Capa
         .map_err(|(index, refusal)| config.at_device(index, refusal))?;
     if config.controllers.is_empty() {
         let spare = config.pcie.root_ports.unwrap_or(RootPort::DEFAULT_SPARE);
-        layout.topology_mut().add_spare(spare).map_err(|error| config.at_top(format!("[pcie] root_ports = {spare}: {error}")))?;
+        layout
+            .topology_mut()
+            .add_spare(spare)
+            .map_err(|error| config.at_top(format!("[pcie] root_ports = {spare}: {error}")))?;
     }
     for spec in layout.controllers() {
         check_spec(&spec, qemu).map_err(|refusal| config.at_top(refusal))?;
@@ -184,7 +204,9 @@ fn derived_uuid(name: &str) -> String {
     let host = std::fs::read_to_string("/etc/machine-id").unwrap_or_default();
     let half = |salt: u8| {
         let bytes = [salt].into_iter().chain(host.trim().bytes()).chain([0]).chain(name.bytes());
-        bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+        bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        })
     };
     let (high, low) = (half(1), half(2));
     // Version 8 (a scheme of one's own), variant 10, as RFC 9562 has it.

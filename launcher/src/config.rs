@@ -108,6 +108,8 @@ struct VmFile {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct DeviceFile {
+    /// Known, so that it can be refused with the rule it breaks.
+    pcie_controller: Option<Spanned<serde::de::IgnoredAny>>,
     iothread: OneOrMany<IothreadConfig>,
     scsi_controller: OneOrMany<ScsiControllerConfig>,
     virtio_serial: OneOrMany<VirtioSerialConfig>,
@@ -135,7 +137,8 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
                 f.write_str("a table")
             }
             fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
-                T::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(|one| OneOrMany(vec![one]))
+                T::deserialize(serde::de::value::MapAccessDeserializer::new(map))
+                    .map(|one| OneOrMany(vec![one]))
             }
             fn visit_seq<A: serde::de::SeqAccess<'de>>(self, mut tables: A) -> Result<Self::Value, A::Error> {
                 let mut all = Vec::new();
@@ -200,7 +203,11 @@ impl VmConfig {
     pub fn parse(text: &str, path: &Path) -> Result<VmConfig, ConfigError> {
         let file: VmFile = toml::from_str(text).map_err(|e| toml_error(path, &e))?;
         let line = |offset: usize| text[..offset].matches('\n').count() + 1;
-        let rule = |offset: usize, message: String| ConfigError::Rule { path: path.to_owned(), line: line(offset), message };
+        let rule = |offset: usize, message: String| ConfigError::Rule {
+            path: path.to_owned(),
+            line: line(offset),
+            message,
+        };
         if let Some(uuid) = file.uuid.as_ref().filter(|uuid| !is_uuid(uuid.get_ref())) {
             let message = format!("uuid {:?} is no UUID: write it as 8-4-4-4-12 hex digits", uuid.get_ref());
             return Err(rule(uuid.span().start, message));
@@ -208,8 +215,12 @@ impl VmConfig {
         let accel = file.accel.as_ref().map(|accel| {
             accel.get_ref().parse::<Accel>().map_err(|reason| rule(accel.span().start, reason.to_string()))
         });
-        if let (Some(first), Some(_)) = (file.pcie_controller.first(), file.pcie.as_ref().and_then(|p| p.root_ports)) {
-            let message = "root_ports and [[pcie_controller]] exclude each other: write every port out, or none".to_owned();
+        if let (Some(first), Some(_)) =
+            (file.pcie_controller.first(), file.pcie.as_ref().and_then(|p| p.root_ports))
+        {
+            let message =
+                "root_ports and [[pcie_controller]] exclude each other: write every port out, or none"
+                    .to_owned();
             return Err(rule(first.span().start, message));
         }
         let (devices, device_lines) = devices_of(&file, &line);
@@ -245,10 +256,12 @@ impl VmConfig {
     pub fn relative_path(text: &str, path: &Path) -> Result<Option<String>, ConfigError> {
         // Two folders that relative paths cannot both be below of: what differs was relative.
         let here = VmConfig::parse(text, path)?;
-        let there = VmConfig::parse(text, &Path::new("/qvirt-elsewhere").join(path.file_name().unwrap_or_default()))?;
+        let there =
+            VmConfig::parse(text, &Path::new("/qvirt-elsewhere").join(path.file_name().unwrap_or_default()))?;
         let (mut here, mut there) = (here, there);
         let mut pairs = here.paths_mut().into_iter().zip(there.paths_mut());
-        let found = pairs.find(|(a, b)| a != b).map(|(_, b)| b.trim_start_matches("/qvirt-elsewhere/").to_owned());
+        let found =
+            pairs.find(|(a, b)| a != b).map(|(_, b)| b.trim_start_matches("/qvirt-elsewhere/").to_owned());
         Ok(found)
     }
 
@@ -281,7 +294,10 @@ impl VmConfig {
 }
 
 fn devices_of(file: &VmFile, line: &dyn Fn(usize) -> usize) -> (Vec<DeviceConfig>, Vec<usize>) {
-    fn all<'a, T: Clone>(list: &'a [Spanned<T>], kind: fn(T) -> DeviceConfig) -> impl Iterator<Item = (DeviceConfig, usize)> + 'a {
+    fn all<'a, T: Clone>(
+        list: &'a [Spanned<T>],
+        kind: fn(T) -> DeviceConfig,
+    ) -> impl Iterator<Item = (DeviceConfig, usize)> + 'a {
         list.iter().map(move |item| (kind(item.get_ref().clone()), item.span().start))
     }
     let found = all(&file.iothread, DeviceConfig::Iothread)
@@ -300,6 +316,12 @@ pub fn read_device(path: &Path) -> Result<DeviceConfig, ConfigError> {
     let absolute_path = std::path::absolute(path).map_err(read)?;
     let text = std::fs::read_to_string(path).map_err(read)?;
     let file: DeviceFile = toml::from_str(&text).map_err(|e| toml_error(path, &e))?;
+    if let Some(port) = &file.pcie_controller {
+        let line = text[..port.span().start].matches('\n').count() + 1;
+        let message = "a PCIe root port or bridge cannot be plugged in while the VM runs: seats are planned before the start; \
+                       write it into the VM's file, or raise [pcie] root_ports there";
+        return Err(ConfigError::Rule { path: path.to_owned(), line, message: message.to_owned() });
+    }
     let mut devices: Vec<DeviceConfig> = Vec::new();
     devices.extend(file.iothread.0.into_iter().map(DeviceConfig::Iothread));
     devices.extend(file.scsi_controller.0.into_iter().map(DeviceConfig::ScsiController));

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 
-use qmp_client::wire::{Line, LineReader, LineWriter};
+use qmp_client::wire::{Line, LineReader, LineWriter, WireError};
 use qmp_client::{Event, Qmp, QmpError};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
@@ -98,7 +98,14 @@ pub async fn serve(listener: UnixListener, shared: Shared, read_only: bool) {
         number += 1;
         let peer = stream.peer_cred().ok().map(|c| (c.pid(), c.uid()));
         debug!(client = number, ?peer, read_only, "control client");
-        let client = Client { number, read_only, stream, negotiated: false, descriptors: BTreeMap::new(), shared: shared.clone() };
+        let client = Client {
+            number,
+            read_only,
+            stream,
+            negotiated: false,
+            descriptors: BTreeMap::new(),
+            shared: shared.clone(),
+        };
         clients.spawn(client.run());
     }
     while clients.join_next().await.is_some() {}
@@ -171,7 +178,8 @@ impl Client {
                 () = ended(&mut owner) => break "the owner ends",
                 line = reader.next(&self.stream), if answer.is_none() && writer.is_empty() => match line {
                     Ok(Some(line)) => answer = Some(self.command(line)),
-                    Ok(None) => break "it is gone",
+                    // The kernel resets a connection whose client left without reading all.
+                    Ok(None) | Err(WireError::Io(_)) => break "it is gone",
                     Err(error) => {
                         debug!(client = self.number, %error, "control client");
                         break "it sent what cannot be read";
@@ -194,28 +202,47 @@ impl Client {
     fn command(&mut self, line: Line) -> Answer {
         let incoming: Incoming = match serde_json::from_slice(&line.text) {
             Ok(incoming) => incoming,
-            Err(error) => return ready(failure(None, &Failure::new(Class::Generic, format!("JSON parse error: {error}")))),
+            Err(error) => {
+                return ready(failure(
+                    None,
+                    &Failure::new(Class::Generic, format!("JSON parse error: {error}")),
+                ));
+            }
         };
         let id = incoming.id;
         let refuse = |class, desc: &str| ready(failure(id.as_deref(), &Failure::new(class, desc)));
         let Some(name) = incoming.execute else {
-            let desc = if incoming.oob.is_some() { "out-of-band execution is not offered here" } else { "QMP input lacks member 'execute'" };
+            let desc = if incoming.oob.is_some() {
+                "out-of-band execution is not offered here"
+            } else {
+                "QMP input lacks member 'execute'"
+            };
             return refuse(Class::Generic, desc);
         };
         if name == "qmp_capabilities" {
             if self.negotiated {
-                return refuse(Class::CommandNotFound, "Capabilities negotiation is already complete, command ignored");
+                return refuse(
+                    Class::CommandNotFound,
+                    "Capabilities negotiation is already complete, command ignored",
+                );
             }
             // The greeting offers none, so whoever enables one would wait for what does not come.
-            let wished: Value = incoming.arguments.and_then(|a| serde_json::from_str(a.get()).ok()).unwrap_or_default();
+            let wished: Value =
+                incoming.arguments.and_then(|a| serde_json::from_str(a.get()).ok()).unwrap_or_default();
             if let Some(wish) = wished["enable"].as_array().and_then(|wishes| wishes.first()) {
-                return refuse(Class::Generic, &format!("capability {wish} is not offered here: leave it out of `enable`"));
+                return refuse(
+                    Class::Generic,
+                    &format!("capability {wish} is not offered here: leave it out of `enable`"),
+                );
             }
             self.negotiated = true;
             return ready(success(id.as_deref(), "{}"));
         }
         if !self.negotiated {
-            return refuse(Class::CommandNotFound, "Expecting capabilities negotiation with 'qmp_capabilities'");
+            return refuse(
+                Class::CommandNotFound,
+                "Expecting capabilities negotiation with 'qmp_capabilities'",
+            );
         }
         if self.read_only && !policy::is_query(&name) && name != "qvirt-status" {
             return refuse(Class::Refused, "this is the read-only socket: queries and events only");
@@ -227,8 +254,19 @@ impl Client {
         self.dispatch(name, incoming.arguments, id, line.fds)
     }
 
-    fn dispatch(&mut self, name: String, arguments: Option<Box<RawValue>>, id: Option<Box<RawValue>>, fds: Vec<OwnedFd>) -> Answer {
-        let parsed = || arguments.as_ref().and_then(|a| serde_json::from_str::<Value>(a.get()).ok()).unwrap_or(Value::Null);
+    fn dispatch(
+        &mut self,
+        name: String,
+        arguments: Option<Box<RawValue>>,
+        id: Option<Box<RawValue>>,
+        fds: Vec<OwnedFd>,
+    ) -> Answer {
+        let parsed = || {
+            arguments
+                .as_ref()
+                .and_then(|a| serde_json::from_str::<Value>(a.get()).ok())
+                .unwrap_or(Value::Null)
+        };
         let shared = self.shared.clone();
         if name.starts_with("qvirt-")
             && let Some(request) = Request::parse(&name, parsed())
@@ -240,7 +278,11 @@ impl Client {
                 }
             });
         }
-        let verdict = policy::judge(&name, &if policy::is_query(&name) { Value::Null } else { parsed() }, &shared.status.borrow());
+        let verdict = policy::judge(
+            &name,
+            &if policy::is_query(&name) { Value::Null } else { parsed() },
+            &shared.status.borrow(),
+        );
         let verdict = match verdict {
             Ok(verdict) => verdict,
             Err(reason) => return ready(failure(id.as_deref(), &reason)),
@@ -256,10 +298,14 @@ impl Client {
                 let _ = shared.requests.send(Envelope { request: Request::Reconcile, reply: sender }).await;
             }
             match reply {
-                Ok(value) if name == "query-commands" => success(id.as_deref(), &with_own_commands(value.get())),
+                Ok(value) if name == "query-commands" => {
+                    success(id.as_deref(), &with_own_commands(value.get()))
+                }
                 Ok(value) => success(id.as_deref(), value.get()),
                 Err(QmpError::Refused(error)) => error_line(id.as_deref(), &error.class, &error.desc),
-                Err(error @ (QmpError::TimedOut { .. } | QmpError::NotSent { .. })) => failure(id.as_deref(), &Failure::of(Class::Pending, &error)),
+                Err(error @ (QmpError::TimedOut { .. } | QmpError::NotSent { .. })) => {
+                    failure(id.as_deref(), &Failure::of(Class::Pending, &error))
+                }
                 Err(error) => failure(id.as_deref(), &Failure::of(Class::Generic, &error)),
             }
         })
@@ -274,7 +320,11 @@ impl Client {
                 let own = changed["fdname"].as_str()?.to_owned();
                 let known = format!("client{number}-{own}");
                 changed["fdname"] = known.clone().into();
-                if name == "getfd" { self.descriptors.insert(own, known) } else { self.descriptors.remove(&own) };
+                if name == "getfd" {
+                    self.descriptors.insert(own, known)
+                } else {
+                    self.descriptors.remove(&own)
+                };
                 Some(changed)
             }
             "netdev_add" if !self.descriptors.is_empty() => {
@@ -282,8 +332,10 @@ impl Client {
                 for key in ["fd", "fds", "vhostfd", "vhostfds"] {
                     let Some(list) = changed[key].as_str() else { continue };
                     // A netdev takes the descriptor, and with it the name.
-                    let names: Vec<String> =
-                        list.split(':').map(|own| self.descriptors.remove(own).unwrap_or_else(|| own.to_owned())).collect();
+                    let names: Vec<String> = list
+                        .split(':')
+                        .map(|own| self.descriptors.remove(own).unwrap_or_else(|| own.to_owned()))
+                        .collect();
                     changed[key] = names.join(":").into();
                 }
                 Some(changed)
@@ -296,13 +348,27 @@ impl Client {
 /// Asks the owner; that it ended meanwhile is an answer too.
 async fn ask(requests: &mpsc::Sender<Envelope>, request: Result<Request, Failure>) -> Result<Value, Failure> {
     let (reply, answer) = oneshot::channel();
-    let ended = || Failure::new(Class::Generic, "the owner of this VM ended before it answered: ask again when `qvirt run` has adopted it");
+    let ended = || {
+        Failure::new(
+            Class::Generic,
+            "the owner of this VM ended before it answered: ask again when `qvirt run` has adopted it",
+        )
+    };
     requests.send(Envelope { request: request?, reply }).await.map_err(|_| ended())?;
     answer.await.unwrap_or_else(|_| Err(ended()))
 }
 
-async fn pass(qmp: &Qmp, name: &str, arguments: Option<&RawValue>, fds: Vec<OwnedFd>) -> Result<Box<RawValue>, QmpError> {
-    if fds.is_empty() { qmp.call_raw(name, arguments).await } else { qmp.call_raw_with_fds(name, arguments, fds).await }
+async fn pass(
+    qmp: &Qmp,
+    name: &str,
+    arguments: Option<&RawValue>,
+    fds: Vec<OwnedFd>,
+) -> Result<Box<RawValue>, QmpError> {
+    if fds.is_empty() {
+        qmp.call_raw(name, arguments).await
+    } else {
+        qmp.call_raw_with_fds(name, arguments, fds).await
+    }
 }
 
 /// An event as a line.

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::Uid;
 
 pub use name::{VmName, VmNameError};
-pub(crate) use write::remedy;
+pub(crate) use write::{UNFINISHED, remedy};
 pub use write::{WriteError, write_durably, write_volatile};
 
 /// The longest path of a unix socket: `sockaddr_un` has 108 bytes, the last one is a NUL.

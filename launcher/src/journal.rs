@@ -15,8 +15,8 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use crate::locks;
 use crate::folders::{VmName, WriteError, remedy, write_volatile};
+use crate::locks;
 use crate::process::BootId;
 
 /// The format that this qvirt writes, and the newest it reads.

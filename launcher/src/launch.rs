@@ -25,7 +25,7 @@ use crate::host::need::{Host, NeedError};
 use crate::injection::{Injected, Steps};
 use crate::journal::{Journal, JournalError};
 use crate::lease::{LeaseError, Leases};
-use crate::locks::{LockError, OfdLock};
+use crate::locks::{LockError, OfdLock, probe};
 use crate::owner::Born;
 use crate::process::{Process, ProcessError, Spawn, SpawnError, last_lines};
 use crate::record::{Entry, FORMAT, Launch, RecordError, Stage};
@@ -94,8 +94,21 @@ fn words(last: &str) -> String {
 }
 
 /// Names of the steps of a launch, in order; those of devices come once for each.
-pub const STEPS: &[&str] =
-    &["folder", "owner-lock", "life-lock", "journal", "firmware", "record", "need", "listen", "save", "spawn", "identity", "connect", "agree"];
+pub const STEPS: &[&str] = &[
+    "folder",
+    "owner-lock",
+    "life-lock",
+    "journal",
+    "firmware",
+    "record",
+    "need",
+    "listen",
+    "save",
+    "spawn",
+    "identity",
+    "connect",
+    "agree",
+];
 
 /// How long QEMU may take to greet: it has opened all images and made all devices by then.
 const GREETING: Duration = Duration::from_secs(60);
@@ -121,7 +134,8 @@ pub fn log_file(folders: &Folders, vm: &VmName) -> PathBuf {
 /// Starts a VM. The guest does not run yet.
 pub async fn launch(blueprint: Blueprint, folders: &Folders, paused: bool) -> Result<Born, LaunchError> {
     let vm = blueprint.config.name.clone();
-    let failed = |cause: FoldersError| LaunchError { vm: vm.clone(), cause: cause.into(), last_words: String::new() };
+    let failed =
+        |cause: FoldersError| LaunchError { vm: vm.clone(), cause: cause.into(), last_words: String::new() };
     let files = folders.vm(&vm).map_err(failed)?;
     let mut launching = Launching {
         log: log_file(folders, &vm),
@@ -156,11 +170,16 @@ impl Launching<'_> {
         self.files.make()?;
         make_private(&folders.state_dir(vm))?;
         self.steps.enter("owner-lock")?;
-        self.owner_lock = Some(OfdLock::try_acquire(&self.files.owner())?.ok_or(Cause::Owned { vm: vm.clone() })?);
+        self.owner_lock =
+            Some(OfdLock::try_acquire(&self.files.owner())?.ok_or(Cause::Owned { vm: vm.clone() })?);
         self.steps.enter("life-lock")?;
         self.life = Some(OfdLock::try_acquire(&self.files.life())?.ok_or(Cause::Alive { vm: vm.clone() })?);
         self.steps.enter("journal")?;
-        let host = Host { vm: vm.clone(), run_dir: self.files.dir().to_owned(), leases: Leases::open(&folders.leases)? };
+        let host = Host {
+            vm: vm.clone(),
+            run_dir: self.files.dir().to_owned(),
+            leases: Leases::open(&folders.leases)?,
+        };
         self.host = Some(Arc::new(host));
         let (journal, remains) = Journal::open(&self.files.journal(), vm)?;
         self.journal = Some(journal);
@@ -186,7 +205,14 @@ impl Launching<'_> {
         let mut inherit = vec![qmp.as_fd(), rescue.as_fd(), life];
         inherit.extend(descriptors.values().map(AsFd::as_fd));
         let args = launch.argv.iter().map(Into::into).collect();
-        let spawn = Spawn { binary: &launch.binary, args, inherit, log: &self.log, rlimit_memlock: None, env: Vec::new() };
+        let spawn = Spawn {
+            binary: &launch.binary,
+            args,
+            inherit,
+            log: &self.log,
+            rlimit_memlock: None,
+            env: Vec::new(),
+        };
         self.process = Some(spawn.start()?);
         drop((qmp, rescue, descriptors));
         self.steps.enter("identity")?;
@@ -205,7 +231,18 @@ impl Launching<'_> {
             unreachable!("each was set by a step above");
         };
         let shop = Workshop { journal, host, qmp };
-        Ok(Born { launch, log: self.log.clone(), process, events, shop, layout, stages, faults: BTreeMap::new(), owner_lock, life: self.life.take() })
+        Ok(Born {
+            launch,
+            log: self.log.clone(),
+            process,
+            events,
+            shop,
+            layout,
+            stages,
+            faults: BTreeMap::new(),
+            owner_lock,
+            life: self.life.take(),
+        })
     }
 
     /// Journals every device, then meets its needs; gives the descriptors that QEMU is to inherit.
@@ -247,15 +284,23 @@ impl Launching<'_> {
         if let Some(process) = self.process.take() {
             end(&process).await;
         }
-        // Without both locks the folder is another's.
-        let (Some(_owner), Some(_life)) = (self.owner_lock.take(), self.life.take()) else { return };
+        // Without the locks the folder is another's: of an owner, or of a QEMU without one.
+        let Some(_owner) = self.owner_lock.take() else {
+            // An empty one is nobody's: whoever owns it has its lock in it.
+            let _ = std::fs::remove_dir(self.files.dir());
+            return;
+        };
+        let life = self.life.take();
+        if life.is_none() && probe(&self.files.life()).unwrap_or(true) {
+            return;
+        }
         if let (Some(journal), Some(host)) = (self.journal.take(), self.host.take()) {
             let memory = crate::journal::read_only::<Entry>(&self.files.journal());
             let entries = memory.ok().flatten().map(|(_, entries)| entries).unwrap_or_default();
             let devices = crate::record::Memory::of(entries).devices;
             drop(journal);
             let _ = clear_up(&host, devices.into_iter().map(|(device, _)| device), self.files.dir());
-        } else {
+        } else if matches!(crate::journal::has_entries(&self.files.journal()), Ok(false)) {
             remove_folder(self.files.dir());
         }
     }
@@ -275,7 +320,10 @@ pub async fn end(process: &Process) {
     }
     match process.kill(Duration::from_secs(5)).await {
         Ok(Some(_)) => {}
-        Ok(None) => warn!(pid = process.pid(), "QEMU does not end: a task of it is in uninterruptible I/O and ends with that"),
+        Ok(None) => warn!(
+            pid = process.pid(),
+            "QEMU does not end: a task of it is in uninterruptible I/O and ends with that"
+        ),
         Err(error) => warn!(%error, "QEMU could not be killed"),
     }
 }
@@ -290,7 +338,11 @@ pub struct Unfinished {
 }
 
 /// Gives back all that a VM had of the host, and removes its runtime folder. The caller holds the owner lock, and QEMU is dead.
-pub fn clear_up(host: &Host, devices: impl Iterator<Item = Placed>, run_dir: &Path) -> Result<(), Unfinished> {
+pub fn clear_up(
+    host: &Host,
+    devices: impl Iterator<Item = Placed>,
+    run_dir: &Path,
+) -> Result<(), Unfinished> {
     let mut devices: Vec<Placed> = devices.collect();
     devices.reverse();
     let mut outcome = Ok(());
@@ -369,7 +421,9 @@ pub async fn same_uuid(qmp: &Qmp, expected: &str) -> Result<(), Cause> {
     let reply = reply.map_err(|source| StepError::Qmp { command: "query-uuid", source })?;
     match reply["UUID"].as_str() {
         Some(found) if found.eq_ignore_ascii_case(expected) => Ok(()),
-        found => Err(Cause::Stranger { found: found.unwrap_or("none").to_owned(), expected: expected.to_owned() }),
+        found => {
+            Err(Cause::Stranger { found: found.unwrap_or("none").to_owned(), expected: expected.to_owned() })
+        }
     }
 }
 

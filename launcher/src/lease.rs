@@ -22,7 +22,7 @@ use nix::unistd::Uid;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use crate::folders::{VmName, WriteError, write_volatile};
+use crate::folders::{UNFINISHED, VmName, WriteError, write_volatile};
 use crate::process::BootId;
 
 use holder::describe;
@@ -324,6 +324,17 @@ impl Leases {
         Ok(all)
     }
 
+    /// Removes what a process of this user left that was killed while it wrote: under the lock nobody else writes.
+    fn sweep(&self) {
+        for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
+            let unfinished = entry.file_name().to_str().is_some_and(|name| name.starts_with(UNFINISHED));
+            if unfinished && entry.metadata().is_ok_and(|file| file.uid() == Uid::effective().as_raw()) {
+                // One that stays is in nobody's way.
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
     fn lock(&self) -> Result<Flock<File>, LeaseError> {
         let path = &self.dir.join(".lock");
         let failed = |step| move |source| LeaseError::Io { path: path.clone(), step, source };
@@ -331,7 +342,10 @@ impl Leases {
         let end = Instant::now() + LOCK_PATIENCE;
         loop {
             file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(locked) => return Ok(locked),
+                Ok(locked) => {
+                    self.sweep();
+                    return Ok(locked);
+                }
                 Err((file, Errno::EAGAIN)) if Instant::now() < end => file,
                 Err((_, Errno::EAGAIN)) => return Err(LeaseError::Locked { path: path.clone() }),
                 Err((_, error)) => return Err(failed("lock")(error.into())),

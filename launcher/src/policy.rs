@@ -54,8 +54,17 @@ pub fn judge(name: &str, arguments: &Value, status: &Status) -> Result<Verdict, 
 /// Commands that change which nodes a disk stands on. `qom-set` of a `drive` is not among them: it is how a node is swapped for another while
 /// the disk's own stay as they are.
 const MOVES_NODES: &[&str] = &[
-    "blockdev-reopen", "blockdev-snapshot", "blockdev-snapshot-sync", "blockdev-mirror", "drive-mirror", "block-commit", "block-stream",
-    "blockdev-change-medium", "change-backing-file", "transaction", "x-blockdev-change",
+    "blockdev-reopen",
+    "blockdev-snapshot",
+    "blockdev-snapshot-sync",
+    "blockdev-mirror",
+    "drive-mirror",
+    "block-commit",
+    "block-stream",
+    "blockdev-change-medium",
+    "change-backing-file",
+    "transaction",
+    "x-blockdev-change",
 ];
 
 /// The first device of ours that any text in the arguments names.

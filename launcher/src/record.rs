@@ -79,7 +79,8 @@ pub enum RecordError {
 impl Launch {
     /// Writes the record; no fsync, it dies with the boot.
     pub fn save(&self, path: &Path) -> Result<(), RecordError> {
-        let text = serde_json::to_vec(self).map_err(|source| RecordError::Parse { path: path.to_owned(), source })?;
+        let text = serde_json::to_vec(self)
+            .map_err(|source| RecordError::Parse { path: path.to_owned(), source })?;
         Ok(write_volatile(path, &text)?)
     }
 
@@ -89,7 +90,8 @@ impl Launch {
         struct Head {
             format: u32,
         }
-        let text = std::fs::read(path).map_err(|source| RecordError::Read { path: path.to_owned(), source })?;
+        let text =
+            std::fs::read(path).map_err(|source| RecordError::Read { path: path.to_owned(), source })?;
         let parse = |source| RecordError::Parse { path: path.to_owned(), source };
         let head: Head = serde_json::from_slice(&text).map_err(parse)?;
         if head.format > FORMAT {
@@ -166,7 +168,11 @@ impl Memory {
                 Entry::Started(identity) => memory.identity = Some(identity),
                 Entry::Live => {
                     memory.live = true;
-                    memory.devices.iter_mut().filter(|(_, s)| *s == Stage::Arriving).for_each(|(_, s)| *s = Stage::Present);
+                    memory
+                        .devices
+                        .iter_mut()
+                        .filter(|(_, s)| *s == Stage::Arriving)
+                        .for_each(|(_, s)| *s = Stage::Present);
                 }
                 Entry::Device(placed) => memory.devices.push((*placed, Stage::Arriving)),
                 Entry::Stage { id, stage } => {
@@ -189,9 +195,17 @@ impl Memory {
         let gone = self.gone.values().flat_map(|d| [device(d), Entry::Gone { id: d.id.clone() }]);
         let here = self.devices.iter().map(|(d, _)| device(d));
         let stages = self.devices.iter().map(|(d, stage)| Entry::Stage { id: d.id.clone(), stage: *stage });
-        let faults = self.faults.iter().map(|(id, fault)| Entry::Fault { id: id.clone(), fault: Box::new(fault.clone()) });
+        let faults = self
+            .faults
+            .iter()
+            .map(|(id, fault)| Entry::Fault { id: id.clone(), fault: Box::new(fault.clone()) });
         let started = self.identity.iter().cloned().map(Entry::Started);
         // After `live`, which makes every device before it whole.
-        gone.chain(here).chain(started).chain(self.live.then_some(Entry::Live)).chain(stages).chain(faults).collect()
+        gone.chain(here)
+            .chain(started)
+            .chain(self.live.then_some(Entry::Live))
+            .chain(stages)
+            .chain(faults)
+            .collect()
     }
 }

@@ -104,8 +104,17 @@ pub enum Request {
 }
 
 /// Commands that the owner adds to QEMU's, with what they do; `qvirt-status` is answered without the owner.
-pub const COMMANDS: &[&str] =
-    &["qvirt-status", "qvirt-devices", "qvirt-attach", "qvirt-detach", "qvirt-shutdown", "qvirt-reboot", "qvirt-kill", "qvirt-leave", "qvirt-reconcile"];
+pub const COMMANDS: &[&str] = &[
+    "qvirt-status",
+    "qvirt-devices",
+    "qvirt-attach",
+    "qvirt-detach",
+    "qvirt-shutdown",
+    "qvirt-reboot",
+    "qvirt-kill",
+    "qvirt-leave",
+    "qvirt-reconcile",
+];
 
 /// A refusal or failure, as it goes over the control socket: QMP's error with a class that says which of the CLI's exit codes it is.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

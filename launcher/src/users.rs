@@ -13,9 +13,15 @@ pub fn of(path: &Path) -> Vec<u32> {
     let is_open = |pid: &u32| {
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
         // Following the link asks about the open file itself, also when it was renamed or removed.
-        descriptors.into_iter().any(|fd| fs::metadata(fd.path()).is_ok_and(|f| (f.dev(), f.ino()) == (wanted.dev(), wanted.ino())))
+        descriptors.into_iter().any(|fd| {
+            fs::metadata(fd.path()).is_ok_and(|f| (f.dev(), f.ino()) == (wanted.dev(), wanted.ino()))
+        })
     };
-    let pids = fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let pids = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.filter(|pid| *pid != std::process::id()).filter(is_open).collect()
 }
 
@@ -31,7 +37,8 @@ pub fn explain<'a>(images: impl Iterator<Item = &'a str>) -> String {
     };
     let known: Vec<String> = images.filter_map(about).collect();
     match known.as_slice() {
-        [] => "who uses the image cannot be seen from here: a process of another user or another host".to_owned(),
+        [] => "who uses the image cannot be seen from here: a process of another user or another host"
+            .to_owned(),
         known => format!("{}: end what uses it, or wait for it", known.join("; ")),
     }
 }
@@ -53,7 +60,10 @@ mod tests {
         drop(child.stdin.take());
         child.wait().expect("cat ends with its stdin");
         assert_eq!(users, [pid]);
-        assert_eq!(words, format!("{} is open in process {pid} (cat): end what uses it, or wait for it", path.display()));
+        assert_eq!(
+            words,
+            format!("{} is open in process {pid} (cat): end what uses it, or wait for it", path.display())
+        );
         assert!(explain(["/nonexistent"].into_iter()).contains("cannot be seen"));
     }
 }

@@ -41,7 +41,9 @@ pub enum StepError {
         source: QmpError,
     },
     /// QEMU said yes, and the device is not there.
-    #[error("device_add succeeded, and the device is gone again: the guest may have thrown it out while it booted; try again")]
+    #[error(
+        "device_add succeeded, and the device is gone again: the guest may have thrown it out while it booted; try again"
+    )]
     Vanished,
     /// A descriptor that an earlier step should have opened.
     #[error("descriptor {0} was not opened")]
@@ -72,7 +74,11 @@ pub struct WorkError {
 
 fn asked(ids: &[DeviceId]) -> String {
     let ids: Vec<&str> = ids.iter().map(DeviceId::as_str).collect();
-    if ids.is_empty() { String::new() } else { format!("; the guest was asked to let go of {}", ids.join(", ")) }
+    if ids.is_empty() {
+        String::new()
+    } else {
+        format!("; the guest was asked to let go of {}", ids.join(", "))
+    }
 }
 
 /// One step of an attach.
@@ -97,8 +103,19 @@ pub enum Step {
 impl Step {
     /// Names of all kinds of step. A test fails each of them.
     pub const KINDS: &'static [&'static str] = &[
-        "record", "lease", "tap", "vhost-net", "socket", "descriptor", "object", "blockdev", "netdev", "chardev", "frontend",
-        "verify", "settle",
+        "record",
+        "lease",
+        "tap",
+        "vhost-net",
+        "socket",
+        "descriptor",
+        "object",
+        "blockdev",
+        "netdev",
+        "chardev",
+        "frontend",
+        "verify",
+        "settle",
     ];
 
     /// The name of this kind.
@@ -189,7 +206,12 @@ impl Workshop {
         Ok(())
     }
 
-    async fn take(&mut self, device: &Placed, step: Step, descriptors: &mut BTreeMap<String, OwnedFd>) -> Result<(), StepError> {
+    async fn take(
+        &mut self,
+        device: &Placed,
+        step: Step,
+        descriptors: &mut BTreeMap<String, OwnedFd>,
+    ) -> Result<(), StepError> {
         match step {
             Step::Record => self.journal.append(&Entry::Device(Box::new(device.clone())))?,
             Step::Need(need) => {
@@ -213,7 +235,9 @@ impl Workshop {
                     return Err(StepError::Vanished);
                 }
             }
-            Step::Settle => self.journal.append(&Entry::Stage { id: device.id.clone(), stage: Stage::Present })?,
+            Step::Settle => {
+                self.journal.append(&Entry::Stage { id: device.id.clone(), stage: Stage::Present })?
+            }
         }
         Ok(())
     }
@@ -236,7 +260,9 @@ impl Workshop {
         let names = device.spec.backends.iter().flat_map(Backend::descriptors);
         for name in names {
             let closed = self.undo(Call { execute: "closefd", arguments: json!({"fdname": name}) }).await;
-            closed.unwrap_or_else(|error| warn!(device = %device.id, %error, "a descriptor stays open in QEMU"));
+            closed.unwrap_or_else(
+                |error| warn!(device = %device.id, %error, "a descriptor stays open in QEMU"),
+            );
         }
         match self.clear(device).await {
             Ok(()) => false,
@@ -319,10 +345,11 @@ impl Workshop {
     /// Writes the journal anew, with the fewest entries that say the same.
     pub fn shorten_journal(&mut self) {
         let run_dir = self.host.run_dir.clone();
-        let shortened = crate::journal::read_only::<Entry>(&run_dir.join("journal")).and_then(|read| match read {
-            Some((_, entries)) => self.journal.rewrite(&Memory::of(entries).entries()),
-            None => Ok(()),
-        });
+        let shortened =
+            crate::journal::read_only::<Entry>(&run_dir.join("journal")).and_then(|read| match read {
+                Some((_, entries)) => self.journal.rewrite(&Memory::of(entries).entries()),
+                None => Ok(()),
+            });
         if let Err(error) = shortened {
             warn!(%error, "the journal could not be made shorter; it goes on as it is");
         }
@@ -337,7 +364,9 @@ impl Workshop {
 }
 
 /// Does what may block in a thread of its own.
-async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, NeedError> + Send + 'static) -> Result<T, StepError> {
+async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, NeedError> + Send + 'static,
+) -> Result<T, StepError> {
     match tokio::task::spawn_blocking(work).await {
         Ok(outcome) => Ok(outcome?),
         Err(error) => Err(StepError::Lost(error)),
@@ -348,7 +377,11 @@ async fn aside<T: Send + 'static>(work: impl FnOnce() -> Result<T, NeedError> + 
 pub async fn peripherals(qmp: &Qmp) -> Result<Vec<String>, StepError> {
     let reply = qmp.call("qom-list", json!({"path": "/machine/peripheral"})).await;
     let reply = reply.map_err(|source| StepError::Qmp { command: "qom-list", source })?;
-    let children = reply.as_array().into_iter().flatten().filter(|p| p["type"].as_str().is_some_and(|t| t.starts_with("child<")));
+    let children = reply
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|p| p["type"].as_str().is_some_and(|t| t.starts_with("child<")));
     Ok(children.filter_map(|p| p["name"].as_str()).map(str::to_owned).collect())
 }
 

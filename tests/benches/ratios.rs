@@ -30,7 +30,12 @@ fn main() {
     println!("QEMU: {}", qemu.display());
 
     starts(&qvirt, &file, folder.path());
-    let _ = Command::new(&qvirt.binary).env("QVIRT_ROOT", &qvirt.root).args(["start", "--paused"]).arg(&file).stdout(Stdio::null()).status();
+    let _ = Command::new(&qvirt.binary)
+        .env("QVIRT_ROOT", &qvirt.root)
+        .args(["start", "--paused"])
+        .arg(&file)
+        .stdout(Stdio::null())
+        .status();
     let _ending = Ending(&qvirt);
     let raw = RawQemu::start(&qvirt, &file, folder.path());
     round_trips(&qvirt, &raw);
@@ -53,7 +58,8 @@ impl Drop for Ending<'_> {
 
 impl Qvirt {
     fn run(&self, args: &[&str]) -> String {
-        let output = Command::new(&self.binary).env("QVIRT_ROOT", &self.root).args(args).output().expect("qvirt runs");
+        let output =
+            Command::new(&self.binary).env("QVIRT_ROOT", &self.root).args(args).output().expect("qvirt runs");
         assert!(output.status.success(), "qvirt {args:?}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).expect("text")
     }
@@ -122,16 +128,26 @@ impl RawQemu {
         let argv = ARGV.get_or_init(|| {
             let text = qvirt.run(&["check", file.to_str().expect("text"), "--json"]);
             let check: Value = serde_json::from_str(&text).expect("JSON");
-            let words = check["argv"].as_array().expect("a list").iter().map(|w| w.as_str().expect("a word").to_owned());
+            let words = check["argv"]
+                .as_array()
+                .expect("a list")
+                .iter()
+                .map(|w| w.as_str().expect("a word").to_owned());
             let listen = |word: String| {
                 let word = word.replace("fd=qmp,", &format!("path={},", socket.display()));
-                word.replace("fd=rescue,", &format!("path={}.rescue,", socket.display())).replace("system.img", "raw.img")
+                word.replace("fd=rescue,", &format!("path={}.rescue,", socket.display()))
+                    .replace("system.img", "raw.img")
             };
             words.map(listen).collect()
         });
         let _ = std::fs::remove_file(&socket);
         let qemu = images().qemu(QemuVersion::V10_0);
-        let child = Command::new(qemu).args(argv).stdin(Stdio::null()).stdout(Stdio::null()).spawn().expect("QEMU starts");
+        let child = Command::new(qemu)
+            .args(argv)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("QEMU starts");
         let stream = loop {
             match UnixStream::connect(&socket) {
                 Ok(stream) => break stream,
@@ -161,14 +177,23 @@ impl Raw {
         self.send(text.as_bytes());
     }
 
+    fn try_call(&mut self, command: &str, arguments: Value) -> bool {
+        let text = format!("{}\n", json!({"execute": command, "arguments": arguments}));
+        self.reply_to(text.as_bytes())
+    }
+
     fn send(&mut self, text: &[u8]) {
+        assert!(self.reply_to(text), "{}", self.line);
+    }
+
+    /// Sends a command and reads up to its reply; `false` if that is an error.
+    fn reply_to(&mut self, text: &[u8]) -> bool {
         self.reader.get_mut().write_all(text).expect("sent");
         loop {
             self.line.clear();
             assert!(self.reader.read_line(&mut self.line).expect("a reply") > 0, "the monitor was closed");
-            assert!(!self.line.starts_with("{\"error\""), "{}", self.line);
-            if self.line.starts_with("{\"return\"") {
-                return;
+            if self.line.starts_with("{\"error\"") || self.line.starts_with("{\"return\"") {
+                return self.line.starts_with("{\"return\"");
             }
         }
     }
@@ -195,7 +220,8 @@ fn round_trips(qvirt: &Qvirt, raw: &RawQemu) {
         drop(by_hand);
         runtime.block_on(async {
             let stream = tokio::net::UnixStream::connect(&socket).await.expect("the second monitor");
-            let (qmp, events) = qmp_client::Qmp::connect(stream, qmp_client::Options::default()).await.expect("negotiated");
+            let (qmp, events) =
+                qmp_client::Qmp::connect(stream, qmp_client::Options::default()).await.expect("negotiated");
             for _ in 0..ROUNDS / 8 {
                 let begin = Instant::now();
                 qmp.call_raw("query-status", None).await.expect("a reply");
@@ -232,11 +258,14 @@ fn attaches(qvirt: &Qvirt, raw: &RawQemu, folder: &Path) {
         let begin = Instant::now();
         let file = json!({"driver": "file", "filename": image});
         by_hand.call("blockdev-add", json!({"driver": "raw", "node-name": "hot", "file": file}));
-        by_hand.call("device_add", json!({"driver": "scsi-hd", "id": "hot", "bus": "scsi0.0", "drive": "hot"}));
+        by_hand
+            .call("device_add", json!({"driver": "scsi-hd", "id": "hot", "bus": "scsi0.0", "drive": "hot"}));
         raws.push(begin.elapsed());
         by_hand.call("device_del", json!({"id": "hot"}));
-        std::thread::sleep(Duration::from_millis(20));
-        by_hand.call("blockdev-del", json!({"node-name": "hot"}));
+        // QEMU lets go of the node a moment later.
+        while !by_hand.try_call("blockdev-del", json!({"node-name": "hot"})) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
     let (ours, raw) = (median(ours), median(raws));
     println!(

@@ -133,14 +133,20 @@ fn a_running_vm_refuses_what_cannot_be() {
     vm.raw("comma,name.img", 4, "c");
     start_paused(&vm);
     let before = vm.status();
-    let disk = |words: &str, code: i32, error: &str| refused(&vm, code, &["attach", "guest", "--disk", words], error);
+    let disk = |words: &str, code: i32, error: &str| {
+        refused(&vm, code, &["attach", "guest", "--disk", words], error)
+    };
     disk(
         "path=b.img,seat=pcie.0:5.0",
         3,
         "disk0: seat pcie.0:05.0 cannot be plugged into while the VM runs: pcie.0 and conventional PCI buses take no hot-plug; use a root \
          port, or --config",
     );
-    disk("path=b.img,seat=rp1", 3, "disk0: seat rp1 is taken by s0: choose another, or none to get the first free one");
+    disk(
+        "path=b.img,seat=rp1",
+        3,
+        "disk0: seat rp1 is taken by s0: choose another, or none to get the first free one",
+    );
     disk(
         "path=none.img,bus=scsi",
         3,
@@ -154,7 +160,11 @@ fn a_running_vm_refuses_what_cannot_be() {
          truthfully: rename the file",
     );
     disk("path", 2, "--disk: \"path\" has no `=`: write key=value, commas inside a value doubled");
-    disk("path=a.img,id=s0", 3, "s0: the id is taken by another device or a root port of this VM: choose another");
+    disk(
+        "path=a.img,id=s0",
+        3,
+        "s0: the id is taken by another device or a root port of this VM: choose another",
+    );
     assert_eq!(vm.status()["devices"], before["devices"], "a refusal changes nothing");
 
     vm.ok(&["attach", "guest", "--disk", "path=comma,,name.img,id=c"]);

@@ -13,7 +13,11 @@ use crate::scene::{bare_on, start_paused};
 /// A command, the members of its arguments that are sent, and those of its result (of each item, if it is a list) that are read. Dots lead
 /// into objects.
 const COMMANDS: &[(&str, &[&str], &[&str])] = &[
-    ("blockdev-add", &["driver", "node-name", "read-only", "auto-read-only", "cache.direct", "cache.no-flush", "discard"], &[]),
+    (
+        "blockdev-add",
+        &["driver", "node-name", "read-only", "auto-read-only", "cache.direct", "cache.no-flush", "discard"],
+        &[],
+    ),
     ("blockdev-del", &["node-name"], &[]),
     ("chardev-add", &["id", "backend"], &["pty"]),
     ("chardev-remove", &["id"], &[]),
@@ -65,7 +69,16 @@ const EVENTS: &[(&str, &[&str])] = &[
 ];
 
 /// Run states that have words of their own.
-const RUN_STATES: &[&str] = &["running", "prelaunch", "inmigrate", "paused", "io-error", "guest-panicked", "internal-error", "shutdown"];
+const RUN_STATES: &[&str] = &[
+    "running",
+    "prelaunch",
+    "inmigrate",
+    "paused",
+    "io-error",
+    "guest-panicked",
+    "internal-error",
+    "shutdown",
+];
 
 /// A schema by the names of its entries.
 struct Schema<'a>(BTreeMap<&'a str, &'a Value>);
@@ -90,8 +103,11 @@ impl<'a> Schema<'a> {
         let list = |key: &str| entry[key].as_array().into_iter().flatten();
         let own = list("members").find(|member| member["name"] == name && member.get("type").is_some());
         // An alternative is an object or something else, such as the name of a node.
-        let inner = list("variants").map(|variant| &variant["type"]).chain(list("members").filter(|_| entry["meta-type"] == "alternate").map(|m| &m["type"]));
-        own.map(|member| &member["type"]).or_else(|| inner.into_iter().find_map(|kind| self.member(kind, name)))
+        let inner = list("variants")
+            .map(|variant| &variant["type"])
+            .chain(list("members").filter(|_| entry["meta-type"] == "alternate").map(|m| &m["type"]));
+        own.map(|member| &member["type"])
+            .or_else(|| inner.into_iter().find_map(|kind| self.member(kind, name)))
     }
 
     /// What of `members` is missing in a type.
@@ -113,20 +129,40 @@ impl<'a> Schema<'a> {
             match self.0.get(name).filter(|entry| entry["meta-type"] == "command") {
                 None => all.push(format!("there is no command {name}")),
                 Some(entry) => {
-                    all.extend(self.missing(&entry["arg-type"], sent).iter().map(|member| format!("{name} takes no {member}")));
-                    all.extend(self.missing(&entry["ret-type"], read).iter().map(|member| format!("{name} gives no {member}")));
+                    all.extend(
+                        self.missing(&entry["arg-type"], sent)
+                            .iter()
+                            .map(|member| format!("{name} takes no {member}")),
+                    );
+                    all.extend(
+                        self.missing(&entry["ret-type"], read)
+                            .iter()
+                            .map(|member| format!("{name} gives no {member}")),
+                    );
                 }
             }
         }
         for (name, read) in EVENTS {
             match self.0.get(name).filter(|entry| entry["meta-type"] == "event") {
                 None => all.push(format!("there is no event {name}")),
-                Some(entry) => all.extend(self.missing(&entry["arg-type"], read).iter().map(|member| format!("{name} has no {member}"))),
+                Some(entry) => all.extend(
+                    self.missing(&entry["arg-type"], read)
+                        .iter()
+                        .map(|member| format!("{name} has no {member}")),
+                ),
             }
         }
         let status = self.0.get("query-status").map(|entry| &entry["ret-type"]);
-        let states = status.and_then(|kind| self.member(kind, "status")).map(|kind| self.entry(kind).to_string()).unwrap_or_default();
-        all.extend(RUN_STATES.iter().filter(|state| !states.contains(&format!("\"{state}\""))).map(|state| format!("no run state {state}")));
+        let states = status
+            .and_then(|kind| self.member(kind, "status"))
+            .map(|kind| self.entry(kind).to_string())
+            .unwrap_or_default();
+        all.extend(
+            RUN_STATES
+                .iter()
+                .filter(|state| !states.contains(&format!("\"{state}\"")))
+                .map(|state| format!("no run state {state}")),
+        );
         all
     }
 }
@@ -152,16 +188,24 @@ fn recorded_qemus_have_what_qvirt_relies_on() {
 
 #[test]
 fn a_schema_that_lacks_something_is_found_out() {
-    let record: Value = serde_json::from_str(include_str!("../recorded/qemu-10.0.json")).expect("a recording is JSON");
+    let record: Value =
+        serde_json::from_str(include_str!("../recorded/qemu-10.0.json")).expect("a recording is JSON");
     let mut entries = record["schema"].as_array().expect("a list").clone();
-    let position = |entries: &[Value], name: &str| entries.iter().position(|entry| entry["name"] == name).expect("it is there");
+    let position = |entries: &[Value], name: &str| {
+        entries.iter().position(|entry| entry["name"] == name).expect("it is there")
+    };
     entries.remove(position(&entries, "blockdev-del"));
     let at = position(&entries, "STOP");
     entries[at]["name"] = "HALT".into();
     let at = position(&entries, "DEVICE_DELETED");
     entries[at]["arg-type"] = entries[position(&entries, "RESET")]["arg-type"].clone();
     let schema = Value::from(entries);
-    let expected = ["there is no command blockdev-del", "DEVICE_DELETED has no device", "DEVICE_DELETED has no path", "there is no event STOP"];
+    let expected = [
+        "there is no command blockdev-del",
+        "DEVICE_DELETED has no device",
+        "DEVICE_DELETED has no path",
+        "there is no event STOP",
+    ];
     assert_eq!(Schema::new(&schema).complaints(), expected);
 }
 
@@ -175,13 +219,30 @@ fn the_list_has_every_command_that_the_code_sends() {
             let text = std::fs::read_to_string(&file).expect("a source is text");
             // Tests of the crates themselves speak to peers of their own.
             let product = text.split("#[cfg(test)]").next().unwrap_or_default();
-            for before in [".call(\"", ".call_raw(\"", ".call_with_fds(\"", "ask(\"", "Call::new(\"", "execute: \"", "\"execute\": \""] {
-                found.extend(product.split(before).skip(1).filter_map(|rest| rest.split('"').next()).map(str::to_owned));
+            for before in [
+                ".call(\"",
+                ".call_raw(\"",
+                ".call_with_fds(\"",
+                "ask(\"",
+                "Call::new(\"",
+                "execute: \"",
+                "\"execute\": \"",
+            ] {
+                found.extend(
+                    product
+                        .split(before)
+                        .skip(1)
+                        .filter_map(|rest| rest.split('"').next())
+                        .map(str::to_owned),
+                );
             }
         }
     }
     assert!(found.len() > 20, "the sources are spelled in another way now: {found:?}");
-    let listed = |name: &&String| COMMANDS.iter().any(|(known, _, _)| known == name) || launcher::request::COMMANDS.contains(&name.as_str());
+    let listed = |name: &&String| {
+        COMMANDS.iter().any(|(known, _, _)| known == name)
+            || launcher::request::COMMANDS.contains(&name.as_str())
+    };
     let unlisted: Vec<&String> = found.iter().filter(|name| !listed(name)).collect();
     assert_eq!(unlisted, [""; 0], "say in COMMANDS what is relied on");
 }
@@ -192,7 +253,9 @@ fn sources(folder: &Path) -> Vec<std::path::PathBuf> {
         let path = entry.path();
         if path.is_dir() {
             all.extend(sources(&path));
-        } else if path.extension().is_some_and(|extension| extension == "rs") && path.file_stem().is_some_and(|stem| stem != "tests") {
+        } else if path.extension().is_some_and(|extension| extension == "rs")
+            && path.file_stem().is_some_and(|stem| stem != "tests")
+        {
             all.push(path);
         }
     }

@@ -15,7 +15,9 @@ impl Outsider {
     fn qemu(image: &str) -> Outsider {
         let mut command = Command::new(images().qemu(QEMU));
         command.args(["-M", "q35", "-nodefaults", "-display", "none", "-S", "-blockdev"]);
-        command.arg(format!("driver=file,node-name=f,filename={image}")).args(["-device", "virtio-blk,drive=f"]);
+        command
+            .arg(format!("driver=file,node-name=f,filename={image}"))
+            .args(["-device", "virtio-blk,drive=f"]);
         Outsider::start(command, image)
     }
 
@@ -23,7 +25,9 @@ impl Outsider {
     fn daemon(image: &str) -> Outsider {
         let mut command = Command::new(images().qemu_storage_daemon(QEMU));
         command.arg("--blockdev").arg(format!("driver=file,node-name=f,filename={image}")).arg("--export");
-        command.arg(format!("type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path={image}.sock"));
+        command.arg(format!(
+            "type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path={image}.sock"
+        ));
         Outsider::start(command, image)
     }
 
@@ -81,12 +85,18 @@ fn start_is_refused(vm: &Vm, output: &Output, outsider: &Outsider, name: &str) {
     let text = said(vm, &output.stderr);
     let lines: Vec<&str> = text.lines().collect();
     let [what, words, lock, question, who] = lines.as_slice() else { panic!("{text}") };
-    assert_eq!(*what, "qvirt: VM guest did not start: QEMU exited with status 1 before it could be asked anything");
+    assert_eq!(
+        *what,
+        "qvirt: VM guest did not start: QEMU exited with status 1 before it could be asked anything"
+    );
     assert_eq!(*words, "QEMU's last words:");
     assert!(lock.ends_with("Failed to get \"write\" lock"), "{lock}");
     assert_eq!(*question, "Is another process using the image [DIR/a.img]?");
     let pid = outsider.0.id();
-    assert_eq!(*who, format!("DIR/a.img is open in process {pid} ({name}): end what uses it, or wait for it"));
+    assert_eq!(
+        *who,
+        format!("DIR/a.img is open in process {pid} ({name}): end what uses it, or wait for it")
+    );
     vm.nothing_left();
 }
 
@@ -128,7 +138,10 @@ fn a_vm_of_other_leases_has_it() {
     let output = finished(command.env("QVIRT_ROOT", &other).spawn().expect("qvirt starts"));
     assert_eq!(output.code, 1, "{output}");
     let pid = vm.qemu_pid();
-    assert!(output.stderr.contains(&format!("a.img is open in process {pid} (qemu-system-x86): end")), "{output}");
+    assert!(
+        output.stderr.contains(&format!("a.img is open in process {pid} (qemu-system-x86): end")),
+        "{output}"
+    );
     assert!(!other.join("run/guest").exists(), "nothing is left of the other VM");
     vm.end();
 }

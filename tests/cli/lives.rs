@@ -42,17 +42,30 @@ fn recover_clears_up_behind_the_dead_alone() {
         "VM guest is running without an owner: `qvirt run guest` adopts it, `qvirt kill guest` ends it",
     );
     assert_eq!(vm.ok(&["recover"]), "", "what runs is let alone");
-    refused(&vm, 1, &["status", "guest"], "VM guest is running without an owner: `qvirt start guest` adopts it");
+    refused(
+        &vm,
+        1,
+        &["status", "guest"],
+        "VM guest is running without an owner: `qvirt start guest` adopts it",
+    );
     assert!(vm.processes().contains(&qemu), "the VM runs on");
     vm.kill_process(qemu);
 
-    refused(&vm, 5, &["status", "guest"], "VM guest is dead and left something: `qvirt recover guest` clears up");
+    refused(
+        &vm,
+        5,
+        &["status", "guest"],
+        "VM guest is dead and left something: `qvirt recover guest` clears up",
+    );
     assert!(vm.ok(&["list"]).contains("dead, to be recovered"));
     assert!(vm.remains().len() > 1, "a crash leaves files and leases");
     // What the dead VM has is not given away before its remains are cleared up.
     edit(&vm, "\"guest\"", "\"other\"");
     let output = vm.expect(3, &["start", "--paused", &file(&vm)]);
-    assert!(output.stderr.contains("that VM is dead and left changes to undo: `qvirt recover guest` first"), "{output}");
+    assert!(
+        output.stderr.contains("that VM is dead and left changes to undo: `qvirt recover guest` first"),
+        "{output}"
+    );
     let report: serde_json::Value = serde_json::from_str(&vm.ok(&["recover", "--json"])).expect("JSON");
     assert_eq!(report, json!([{"vm": "guest", "devices": ["s0", "disk0", "b"]}]));
     vm.nothing_left();
@@ -172,7 +185,10 @@ fn adoption_asks_no_new_qemu() {
 #[test]
 fn newer_formats_are_refused() {
     for (name, error) in [
-        ("launch.json", "launch record DIR/root/run/guest/launch.json has format 2, this qvirt knows up to 1: use the qvirt that started the VM"),
+        (
+            "launch.json",
+            "launch record DIR/root/run/guest/launch.json has format 2, this qvirt knows up to 1: use the qvirt that started the VM",
+        ),
         (
             "journal",
             "the journal \"DIR/root/run/guest/journal\" has format 2 and this qvirt reads up to 1: use the qvirt that wrote it, or a newer one",
@@ -208,5 +224,10 @@ fn a_stored_vm_is_forgotten_while_it_runs() {
     vm.wait_for("the owner's end", || vm.ok(&["list"]).contains("running without an owner"));
     vm.ok(&["kill", "guest"]);
     vm.nothing_left();
-    refused(&vm, 5, &["start", "guest"], "there is no VM guest: known are none; `qvirt define FILE` stores one");
+    refused(
+        &vm,
+        5,
+        &["start", "guest"],
+        "there is no VM guest: known are none; `qvirt define FILE` stores one",
+    );
 }

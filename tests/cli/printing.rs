@@ -36,14 +36,19 @@ fn check_prints_one_option_a_line() {
         assert_eq!(keys(&checked), wanted);
         assert_eq!(keys(&checked["devices"][0]), ["id", "address", "config"]);
         assert_eq!(keys(&checked["seats"][0]), ["kind", "free", "total"]);
-        let argv: Vec<&str> = checked["argv"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let argv: Vec<&str> =
+            checked["argv"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
 
         let text = vm.ok(&["check", &file(&vm), "--argv"]);
         let mut lines = text.lines();
         assert_eq!(lines.next().map(Into::into), Some(tests::qemu::images().qemu(version)));
         assert!(lines.clone().all(|line| line.starts_with('-')), "{text}");
         assert_eq!(lines.collect::<Vec<_>>().join(" "), argv.join(" "));
-        for words in ["-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny", "-no-user-config", "-nodefaults"] {
+        for words in [
+            "-sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+            "-no-user-config",
+            "-nodefaults",
+        ] {
             assert!(text.contains(words), "{words} is not in {text}");
         }
         assert!(vm.ok(&["check", &file(&vm)]).starts_with("guest is fine: pc-q35-"));
@@ -66,8 +71,14 @@ fn stored_configs() {
     assert_eq!((&shown["name"], &shown["disk"][0]["id"]), (&json!("guest"), &json!("d")));
     assert_eq!(vm.ok(&["show", "guest", "--argv"]), vm.ok(&["check", "guest", "--argv"]));
     assert_eq!(vm.ok(&["list"]), "NAME  STATE  PID  UPTIME  STORED\n");
-    assert_eq!(vm.ok(&["list", "--all"]), "NAME   STATE        PID  UPTIME  STORED\nguest  not running  -    -       yes\n");
-    assert_eq!(json_of(&vm, &["list", "--all", "--json"]), json!([{"name": "guest", "state": "not running", "stored": true}]));
+    assert_eq!(
+        vm.ok(&["list", "--all"]),
+        "NAME   STATE        PID  UPTIME  STORED\nguest  not running  -    -       yes\n"
+    );
+    assert_eq!(
+        json_of(&vm, &["list", "--all", "--json"]),
+        json!([{"name": "guest", "state": "not running", "stored": true}])
+    );
 
     // The stored file changes where it must, and keeps its comments.
     let image = vm.raw("b.img", 4, "b");
@@ -88,17 +99,40 @@ fn stored_configs() {
 fn running_vms() {
     let vm = vm(QEMU);
     start_paused(&vm);
-    crate::scene::refused(&vm, 5, &["show", "guest"], "VM guest has no stored config: `qvirt define FILE` stores one");
-    crate::scene::refused(&vm, 5, &["undefine", "guest"], "VM guest has no stored config: `qvirt define FILE` stores one");
+    crate::scene::refused(
+        &vm,
+        5,
+        &["show", "guest"],
+        "VM guest has no stored config: `qvirt define FILE` stores one",
+    );
+    crate::scene::refused(
+        &vm,
+        5,
+        &["undefine", "guest"],
+        "VM guest has no stored config: `qvirt define FILE` stores one",
+    );
     let argv = vm.ok(&["show", "guest", "--argv"]);
     assert!(argv.lines().skip(1).all(|line| line.starts_with('-')), "{argv}");
 
     let status = vm.status();
     let wanted = [
-        "generation", "vm", "uuid", "state", "pid", "owner_pid", "qemu", "accel", "since_unix_secs", "devices", "foreign", "seats", "warnings",
+        "generation",
+        "vm",
+        "uuid",
+        "state",
+        "pid",
+        "owner_pid",
+        "qemu",
+        "accel",
+        "since_unix_secs",
+        "devices",
+        "foreign",
+        "seats",
+        "warnings",
     ];
     assert_eq!(keys(&status), wanted);
-    let device = ["id", "kind", "label", "address", "driver", "backing", "stage", "pty", "on_demand", "fault"];
+    let device =
+        ["id", "kind", "label", "address", "driver", "backing", "stage", "pty", "on_demand", "fault"];
     assert!(status["devices"].as_array().is_some_and(|devices| devices.len() == 3));
     status["devices"].as_array().into_iter().flatten().for_each(|found| assert_eq!(keys(found), device));
     assert!(vm.device("con0")["pty"].as_str().is_some_and(|pty| pty.starts_with("/dev/pts/")));
@@ -117,18 +151,32 @@ fn running_vms() {
     let image = vm.raw("b.img", 4, "b");
     let disk = format!("path={image},id=new,bus=scsi");
     let dry = vm.ok(&["attach", "guest", "--disk", &disk, "--dry-run"]);
-    let commands: Vec<Value> = dry.lines().map(|line| serde_json::from_str(line).expect("a command is JSON")).collect();
+    let commands: Vec<Value> =
+        dry.lines().map(|line| serde_json::from_str(line).expect("a command is JSON")).collect();
     let names: Vec<&str> = commands.iter().filter_map(|command| command["execute"].as_str()).collect();
     assert_eq!(names, ["blockdev-add", "blockdev-add", "device_add"]);
     assert_eq!(vm.device("new"), Value::Null, "nothing was sent");
     let attached = json_of(&vm, &["attach", "guest", "--disk", &disk, "--json"]);
-    assert_eq!((keys(&attached), keys(&attached["live"])), (vec!["live", "config"], vec!["id", "label", "address", "controllers", "device"]));
+    assert_eq!(
+        (keys(&attached), keys(&attached["live"])),
+        (vec!["live", "config"], vec!["id", "label", "address", "controllers", "device"])
+    );
     let detached = json_of(&vm, &["detach", "guest", "new", "--json"]);
     assert_eq!(detached, json!({"live": {"outcome": "removed", "id": "new"}, "config": false}));
     assert_eq!(vm.qmp("query-name", &json!({})), json!({"name": "guest"}));
-    crate::scene::refused(&vm, 2, &["qmp", "guest", "query-name", "[]"], "the arguments are a JSON object: '{\"name\": value}'");
+    crate::scene::refused(
+        &vm,
+        2,
+        &["qmp", "guest", "query-name", "[]"],
+        "the arguments are a JSON object: '{\"name\": value}'",
+    );
     crate::scene::refused(&vm, 1, &["qmp", "guest", "foo"], "The command foo has not been found");
-    crate::scene::refused(&vm, 5, &["console", "guest", "foo"], "VM guest has no serial console foo: its consoles are con0");
+    crate::scene::refused(
+        &vm,
+        5,
+        &["console", "guest", "foo"],
+        "VM guest has no serial console foo: its consoles are con0",
+    );
     vm.end();
 }
 
@@ -139,10 +187,13 @@ fn events_are_json_lines() {
     start_paused(&vm);
     let mut command = vm.command(&["events", "guest", "--json"]);
     let path = vm.path("events");
-    let mut follower = command.stdout(std::fs::File::create(&path).expect("made")).spawn().expect("qvirt starts");
+    let mut follower =
+        command.stdout(std::fs::File::create(&path).expect("made")).spawn().expect("qvirt starts");
     let lines = || {
         let text = std::fs::read_to_string(&path).unwrap_or_default();
-        text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line}: {e}"))).collect::<Vec<Value>>()
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{line}: {e}")))
+            .collect::<Vec<Value>>()
     };
     let has = |name: &str| lines().iter().any(|line| line["event"] == name);
     vm.wait_for("the first line", || has("QVIRT_FOLLOWING"));

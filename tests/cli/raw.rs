@@ -69,7 +69,8 @@ impl Raw {
     pub fn reply(&mut self) -> Value {
         loop {
             let line = self.line();
-            let value: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"));
+            let value: Value =
+                serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"));
             if value.get("event").is_none() {
                 return value;
             }
@@ -80,7 +81,8 @@ impl Raw {
     pub fn event(&mut self, name: &str) -> Value {
         loop {
             let line = self.line();
-            let value: Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"));
+            let value: Value =
+                serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"));
             if value["event"] == name {
                 return value;
             }

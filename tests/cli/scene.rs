@@ -16,7 +16,11 @@ pub fn bare_on(version: QemuVersion, head: &str, tables: &str) -> Vm {
 
 /// The same on [`QEMU`], with two spare ports unless `tables` says otherwise.
 pub fn bare(tables: &str) -> Vm {
-    let ports = if tables.contains("[pcie]") || tables.contains("[[pcie_controller]]") { "" } else { "[pcie]\nroot_ports = 2\n" };
+    let ports = if tables.contains("[pcie]") || tables.contains("[[pcie_controller]]") {
+        ""
+    } else {
+        "[pcie]\nroot_ports = 2\n"
+    };
     bare_on(QEMU, "", &format!("{ports}{tables}"))
 }
 
@@ -61,6 +65,10 @@ pub fn refused(vm: &Vm, code: i32, arguments: &[&str], error: &str) {
 
 /// Whether an output is such a refusal. Tests of one text differ in paths alone: see [`said`].
 pub fn is_refusal(vm: &Vm, output: &Output, code: i32, error: &str) {
-    assert_eq!((said(vm, &output.stderr).trim_end(), output.code), (format!("qvirt: {error}").as_str(), code), "{output}");
+    assert_eq!(
+        (said(vm, &output.stderr).trim_end(), output.code),
+        (format!("qvirt: {error}").as_str(), code),
+        "{output}"
+    );
     assert_eq!(output.stdout, "", "{output}");
 }

@@ -5,7 +5,10 @@ use crate::scene::{bare, refused};
 /// Every command, with the words that its help must have.
 const COMMANDS: [(&str, &[&str]); 22] = [
     ("check", &["--argv", "--json", "<TARGET>"]),
-    ("run", &["--console", "--paused", "SIGTERM and SIGINT shut the guest down", "SIGHUP leaves the VM running"]),
+    (
+        "run",
+        &["--console", "--paused", "SIGTERM and SIGINT shut the guest down", "SIGHUP leaves the VM running"],
+    ),
     ("start", &["--paused"]),
     ("define", &["<FILE>"]),
     ("undefine", &["<VM>"]),
@@ -20,7 +23,10 @@ const COMMANDS: [(&str, &[&str]); 22] = [
     ("resume", &["<VM>"]),
     ("kill", &["<VM>"]),
     ("leave", &["<VM>"]),
-    ("attach", &["--disk", "--nic", "--serial", "--channel", "--live", "--config", "--dry-run", "--wait", "--json"]),
+    (
+        "attach",
+        &["--disk", "--nic", "--serial", "--channel", "--live", "--config", "--dry-run", "--wait", "--json"],
+    ),
     ("detach", &["--live", "--config", "--wait", "--json"]),
     ("console", &["[DEVICE]", "--force"]),
     ("events", &["[VMS]...", "--json"]),
@@ -45,7 +51,8 @@ fn help_names_commands_options_and_exit_codes() {
         assert!(help.contains(words), "{words:?} is not in {help}");
     }
     let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1);
-    let listed: Vec<&str> = commands.map_while(|line| line.strip_prefix("  ")?.split_whitespace().next()).collect();
+    let listed: Vec<&str> =
+        commands.map_while(|line| line.strip_prefix("  ")?.split_whitespace().next()).collect();
     for name in listed.iter().filter(|name| **name != "help") {
         let own = vm.ok(&[name, "--help"]);
         let known = COMMANDS.iter().find(|(command, _)| command == name);
@@ -69,15 +76,36 @@ fn wrong_words_are_wrong_usage() {
         (&["frobnicate"], "error: unrecognized subcommand 'frobnicate'"),
         (&["list", "foo"], "error: unexpected argument 'foo' found"),
         (&["status"], "error: the following required arguments were not provided"),
-        (&["status", "a/b"], "error: invalid value 'a/b' for '<VM>': the VM name \"a/b\" has '/' in it: use only ASCII letters"),
-        (&["start", ""], "qvirt: a VM name cannot be empty: give it 1 to 32 letters, digits, `_`, `.` or `-`"),
-        (&["start", "./none"], "qvirt: config ./none cannot be read: No such file or directory (os error 2); check its path, or `qvirt list --all`"),
+        (
+            &["status", "a/b"],
+            "error: invalid value 'a/b' for '<VM>': the VM name \"a/b\" has '/' in it: use only ASCII letters",
+        ),
+        (
+            &["start", ""],
+            "qvirt: a VM name cannot be empty: give it 1 to 32 letters, digits, `_`, `.` or `-`",
+        ),
+        (
+            &["start", "./none"],
+            "qvirt: config ./none cannot be read: No such file or directory (os error 2); check its path, or `qvirt list --all`",
+        ),
         (&["attach", "guest"], "error: the following required arguments were not provided"),
-        (&["attach", "guest", "--disk", "path=x", "--nic", "user=true"], "error: the argument '--disk <KEY=VALUE,...>' cannot be used with"),
-        (&["attach", "guest", "--disk", "path=x", "--dry-run", "--config"], "error: the argument '--dry-run' cannot be used with '--config'"),
-        (&["detach", "guest", "x", "--wait", "5"], "error: invalid value '5' for '--wait <WAIT>': \"5\" is no time: a whole number and a unit"),
+        (
+            &["attach", "guest", "--disk", "path=x", "--nic", "user=true"],
+            "error: the argument '--disk <KEY=VALUE,...>' cannot be used with",
+        ),
+        (
+            &["attach", "guest", "--disk", "path=x", "--dry-run", "--config"],
+            "error: the argument '--dry-run' cannot be used with '--config'",
+        ),
+        (
+            &["detach", "guest", "x", "--wait", "5"],
+            "error: invalid value '5' for '--wait <WAIT>': \"5\" is no time: a whole number and a unit",
+        ),
         (&["show", "guest", "--argv", "--json"], "error: the argument '--argv' cannot be used with '--json'"),
-        (&["check", "none.toml"], "qvirt: config none.toml cannot be read: No such file or directory (os error 2); check its path"),
+        (
+            &["check", "none.toml"],
+            "qvirt: config none.toml cannot be read: No such file or directory (os error 2); check its path",
+        ),
     ] {
         let output = vm.expect(2, words);
         assert!(output.stderr.contains(error), "{words:?}: {error:?} is not in {output}");
@@ -137,6 +165,11 @@ fn a_vm_that_does_not_run() {
         refused(&vm, 5, words, "VM guest is not running: `qvirt start guest` starts it");
     }
     refused(&vm, 5, &["status", "gues"], "there is no VM gues: known are guest");
-    refused(&vm, 5, &["detach", "guest", "net0"], "the stored config of guest has no device net0: it names none");
+    refused(
+        &vm,
+        5,
+        &["detach", "guest", "net0"],
+        "the stored config of guest has no device net0: it has none",
+    );
     vm.nothing_left();
 }

@@ -41,7 +41,7 @@ struct Holdings {
     devices: Vec<String>,
     ours: Vec<String>,
     seats: Value,
-    leases: usize,
+    leases: Vec<String>,
 }
 
 impl Holdings {
@@ -61,8 +61,7 @@ impl Holdings {
             devices: names(vm.qmp("qom-list", &json!({"path": "/machine/peripheral"})), "name"),
             ours: vm.device_ids(),
             seats: vm.status()["seats"].clone(),
-            leases: std::fs::read_dir(vm.root().join("leases"))
-                .map_or(0, |files| files.flatten().filter(|f| f.file_name() != ".lock").count()),
+            leases: vm.leases(),
         }
     }
 }
@@ -278,7 +277,12 @@ fn twenty_random_moments(version: QemuVersion) {
                     vec!["detach", "guest", id, "--wait", "20s"]
                 };
                 let output = finished(vm.command(&arguments).spawn().expect("qvirt starts"));
-                println!("round {round}: {} {id}: exit code {} {}", arguments[0], output.code, output.stdout.trim());
+                println!(
+                    "round {round}: {} {id}: exit code {} {}",
+                    arguments[0],
+                    output.code,
+                    output.stdout.trim()
+                );
                 match output.code {
                     0 => drop(known.insert(id.clone(), attach)),
                     _ => cut_off.push((id.clone(), attach, output.stderr)),

@@ -47,6 +47,7 @@ fn virtio_blk_disks(version: QemuVersion) {
         "serial=fresh",
     );
     assert!(line.contains(" 8388608 "), "{line}");
+    assert_eq!(scene.vm.device("d2")["address"], "rp2", "a port that was just left gets a rest");
     let line = scene.attach(
         ["--disk", &format!("path={raw},id=d3,serial=readonly,read_only=true")],
         "disk",

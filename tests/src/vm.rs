@@ -258,6 +258,13 @@ impl Vm {
         pids.filter(|pid| mentions(*pid, "environ") || mentions(*pid, "cmdline")).collect()
     }
 
+    /// Names of the files in the lease folder, but for its lock.
+    pub fn leases(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.root().join("leases")).into_iter().flatten().flatten();
+        let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        names.filter(|name| name != ".lock").collect()
+    }
+
     /// What is left of the VM on the host: processes, runtime files, leases.
     pub fn remains(&self) -> Vec<String> {
         let files = |folder: &str| {

@@ -41,7 +41,11 @@ impl Client {
     }
 
     /// A command with a typed reply.
-    pub async fn ask<T: DeserializeOwned>(&self, command: &str, arguments: impl Serialize) -> Result<T, Problem> {
+    pub async fn ask<T: DeserializeOwned>(
+        &self,
+        command: &str,
+        arguments: impl Serialize,
+    ) -> Result<T, Problem> {
         Ok(serde_json::from_value(self.call(command, arguments).await?)?)
     }
 
@@ -56,16 +60,24 @@ impl Client {
         match error {
             QmpError::Closed(_) => Problem::new(
                 Exit::Pending,
-                format!("the owner of VM {vm} ended before it answered, so the outcome is open: `qvirt list` tells whether the VM runs, `qvirt start {vm}` adopts it"),
+                format!(
+                    "the owner of VM {vm} ended before it answered, so the outcome is open: `qvirt list` tells whether the VM runs, `qvirt start {vm}` adopts it"
+                ),
             ),
             error => error.into(),
         }
     }
 
     /// A command that itself waits for so long.
-    pub async fn ask_for<T: DeserializeOwned>(&self, wait: Duration, command: &str, arguments: impl Serialize) -> Result<T, Problem> {
+    pub async fn ask_for<T: DeserializeOwned>(
+        &self,
+        wait: Duration,
+        command: &str,
+        arguments: impl Serialize,
+    ) -> Result<T, Problem> {
         let qmp = self.qmp.with_deadline(wait + PATIENCE);
-        let reply = qmp.call(command, serde_json::to_value(arguments)?).await.map_err(|error| self.problem(error))?;
+        let reply =
+            qmp.call(command, serde_json::to_value(arguments)?).await.map_err(|error| self.problem(error))?;
         Ok(serde_json::from_value(reply)?)
     }
 }

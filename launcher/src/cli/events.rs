@@ -90,7 +90,12 @@ fn print(vm: &VmName, event: &Event, as_json: bool) -> Result<(), Problem> {
             Value::String(text) => format!(" {key}={text}"),
             value => format!(" {key}={value}"),
         });
-        writeln!(out, "{hours:02}:{minutes:02}:{seconds:02}.{millis:03}Z {vm} {}{}", event.name, data.collect::<String>())?;
+        writeln!(
+            out,
+            "{hours:02}:{minutes:02}:{seconds:02}.{millis:03}Z {vm} {}{}",
+            event.name,
+            data.collect::<String>()
+        )?;
     }
     Ok(out.flush()?)
 }

@@ -23,12 +23,21 @@ pub async fn list(all: bool, json: bool) -> Result<Exit, Problem> {
     let mut rows = Vec::new();
     let mut running = folders.with_runtime()?;
     for vm in &running {
-        rows.push(print::Row { name: vm.to_string(), stored: folders.config_file(vm).exists(), ..row(&folders, vm).await });
+        rows.push(print::Row {
+            name: vm.to_string(),
+            stored: folders.config_file(vm).exists(),
+            ..row(&folders, vm).await
+        });
     }
     if all {
         running.sort();
         let stored = folders.defined()?.into_iter().filter(|vm| running.binary_search(vm).is_err());
-        rows.extend(stored.map(|vm| print::Row { name: vm.to_string(), state: "not running".to_owned(), stored: true, status: None }));
+        rows.extend(stored.map(|vm| print::Row {
+            name: vm.to_string(),
+            state: "not running".to_owned(),
+            stored: true,
+            status: None,
+        }));
     }
     print::list(&rows, json)?;
     Ok(Exit::Done)
@@ -51,7 +60,11 @@ async fn row(folders: &Folders, vm: &VmName) -> print::Row {
 /// `qvirt status`
 pub async fn status(vm: &VmName, json: bool) -> Result<Exit, Problem> {
     let status = connect(&Folders::find()?, vm).await?.status().await?;
-    if json { print::json(&status)? } else { print::status(&status)? }
+    if json {
+        print::json(&status)?
+    } else {
+        print::status(&status)?
+    }
     Ok(Exit::Done)
 }
 
@@ -59,7 +72,9 @@ pub async fn status(vm: &VmName, json: bool) -> Result<Exit, Problem> {
 pub async fn devices(vm: &VmName, json: bool) -> Result<Exit, Problem> {
     let status: Status = connect(&Folders::find()?, vm).await?.status().await?;
     if json {
-        print::json(&json!({"devices": status.devices, "foreign": status.foreign, "seats": status.seats, "warnings": status.warnings}))?;
+        print::json(
+            &json!({"devices": status.devices, "foreign": status.foreign, "seats": status.seats, "warnings": status.warnings}),
+        )?;
     } else {
         print::devices(&status)?;
     }
@@ -86,7 +101,10 @@ pub async fn shutdown(args: Shutdown) -> Result<Exit, Problem> {
 /// `qvirt reboot`
 pub async fn reboot(vm: &VmName) -> Result<Exit, Problem> {
     let client = connect(&Folders::find()?, vm).await?;
-    let request = request::Shutdown { timeout_ms: u64::try_from(REBOOT.as_millis()).unwrap_or(u64::MAX), then_kill: false };
+    let request = request::Shutdown {
+        timeout_ms: u64::try_from(REBOOT.as_millis()).unwrap_or(u64::MAX),
+        then_kill: false,
+    };
     client.ask_for::<Value>(REBOOT, "qvirt-reboot", request).await?;
     Ok(Exit::Done)
 }
@@ -143,14 +161,23 @@ pub async fn console(vm: &VmName, device: Option<&str>, force: bool) -> Result<E
     };
     let Some((id, pty)) = chosen.and_then(|d| Some((d.id.clone(), d.pty.clone()?))) else {
         let known: Vec<&str> = consoles.iter().map(|d| d.id.as_str()).collect();
-        let known = if known.is_empty() { "none; write [[serial]] into its config".to_owned() } else { known.join(", ") };
-        let wanted = device.map_or_else(|| "serial console".to_owned(), |name| format!("serial console {name}"));
-        return Err(Problem::new(Exit::Unknown, format!("VM {vm} has no {wanted}: its consoles are {known}")));
+        let known = if known.is_empty() {
+            "none; write [[serial]] into its config".to_owned()
+        } else {
+            known.join(", ")
+        };
+        let wanted =
+            device.map_or_else(|| "serial console".to_owned(), |name| format!("serial console {name}"));
+        return Err(Problem::new(
+            Exit::Unknown,
+            format!("VM {vm} has no {wanted}: its consoles are {known}"),
+        ));
     };
-    let console = Console::open(pty.as_ref(), &folders.vm(vm)?.console_lock(&id), force).map_err(|error| {
-        let held = matches!(error, crate::console::ConsoleError::Held { .. });
-        Problem::of(if held { Exit::Refused } else { Exit::Failed }, &error)
-    })?;
+    let console =
+        Console::open(pty.as_ref(), &folders.vm(vm)?.console_lock(&id), force).map_err(|error| {
+            let held = matches!(error, crate::console::ConsoleError::Held { .. });
+            Problem::of(if held { Exit::Refused } else { Exit::Failed }, &error)
+        })?;
     let user = User::of_process()?;
     eprintln!("Connected to {id} of {vm}; ^] leaves.");
     let left = console.attach(&user, &Until::Signals)?;
@@ -164,8 +191,12 @@ pub async fn qmp(vm: &VmName, command: &str, arguments: Option<&str>) -> Result<
     let arguments = match arguments.map(serde_json::from_str::<Value>) {
         None => Value::Null,
         Some(Ok(arguments @ Value::Object(_))) => arguments,
-        Some(Ok(_)) => return Err(Problem::new(Exit::Usage, "the arguments are a JSON object: '{\"name\": value}'")),
-        Some(Err(error)) => return Err(Problem::new(Exit::Usage, format!("the arguments are no JSON: {error}"))),
+        Some(Ok(_)) => {
+            return Err(Problem::new(Exit::Usage, "the arguments are a JSON object: '{\"name\": value}'"));
+        }
+        Some(Err(error)) => {
+            return Err(Problem::new(Exit::Usage, format!("the arguments are no JSON: {error}")));
+        }
     };
     let reply = connect(&Folders::find()?, vm).await?.call(command, arguments).await?;
     print::json(&reply)?;
@@ -194,11 +225,16 @@ pub async fn recover(vm: Option<&VmName>, json: bool) -> Result<Exit, Problem> {
         print::json(&report)?;
     } else {
         for entry in &report {
-            let devices: Vec<&str> = entry["devices"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-            println!("{}: cleared up{}", entry["vm"].as_str().unwrap_or(""), match devices.as_slice() {
-                [] => String::new(),
-                devices => format!(" behind {}", devices.join(", ")),
-            });
+            let devices: Vec<&str> =
+                entry["devices"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+            println!(
+                "{}: cleared up{}",
+                entry["vm"].as_str().unwrap_or(""),
+                match devices.as_slice() {
+                    [] => String::new(),
+                    devices => format!(" behind {}", devices.join(", ")),
+                }
+            );
         }
     }
     Ok(Exit::Done)

@@ -100,7 +100,9 @@ impl From<crate::launch::LaunchError> for Problem {
         use crate::launch::Cause;
         let held = matches!(
             &error.cause,
-            Cause::Owned { .. } | Cause::Alive { .. } | Cause::Need { source: NeedError::Lease(crate::lease::LeaseError::Held { .. }), .. }
+            Cause::Owned { .. }
+                | Cause::Alive { .. }
+                | Cause::Need { source: NeedError::Lease(crate::lease::LeaseError::Held { .. }), .. }
         );
         // The causes are part of its text already.
         Problem::new(if held { Exit::Refused } else { Exit::Failed }, &error)
@@ -119,7 +121,9 @@ impl From<qmp_client::QmpError> for Problem {
     fn from(error: qmp_client::QmpError) -> Problem {
         use qmp_client::QmpError as E;
         match &error {
-            E::Refused(reason) => Problem { exit: Class::exit_code(&reason.class), message: reason.desc.clone() },
+            E::Refused(reason) => {
+                Problem { exit: Class::exit_code(&reason.class), message: reason.desc.clone() }
+            }
             E::TimedOut { .. } | E::NotSent { .. } => Problem::of(Exit::Pending, &error),
             _ => Problem::of(Exit::Failed, &error),
         }
@@ -173,7 +177,8 @@ fn log_to_stderr() {
     let wish = std::env::var("QVIRT_LOG").unwrap_or_default();
     let targets: tracing_subscriber::filter::Targets = wish.parse().unwrap_or_default();
     let targets = if wish.is_empty() { targets.with_default(tracing::Level::WARN) } else { targets };
-    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).without_time().with_target(false);
+    let layer =
+        tracing_subscriber::fmt::layer().with_writer(std::io::stderr).without_time().with_target(false);
     tracing_subscriber::registry().with(layer.with_filter(targets)).init();
 }
 

@@ -38,7 +38,8 @@ pub async fn attach(args: Attach) -> Result<Exit, Problem> {
         }
         if !args.json {
             let label = attached.label.as_ref().map(|label| format!(" as {label}")).unwrap_or_default();
-            let address = attached.address.as_ref().map(|address| format!(" on {address}")).unwrap_or_default();
+            let address =
+                attached.address.as_ref().map(|address| format!(" on {address}")).unwrap_or_default();
             println!("{} is attached to {}{label}{address}", attached.id, args.vm);
         }
         reply = json!(attached);
@@ -62,9 +63,11 @@ async fn attach_live(client: &Client, args: &Attach, device: &DeviceConfig) -> R
     loop {
         // Somebody who replaces a device waits for the former one to leave.
         let leaving = match (until, device.id()) {
-            (Some(until), Some(id)) if Instant::now() < until => {
-                client.status().await?.device(id.as_str()).is_some_and(|d| d.stage == crate::record::Stage::Leaving)
-            }
+            (Some(until), Some(id)) if Instant::now() < until => client
+                .status()
+                .await?
+                .device(id.as_str())
+                .is_some_and(|d| d.stage == crate::record::Stage::Leaving),
             _ => false,
         };
         if !leaving {
@@ -119,7 +122,9 @@ fn say(vm: &VmName, outcome: &Detached) {
         Detached::Removed { id } => println!("{id} is detached from {vm}"),
         Detached::Refused { id, reason } => eprintln!("qvirt: {id} stays in {vm}: {reason}"),
         Detached::Pending { id, reason } => {
-            eprintln!("qvirt: {id} is leaving {vm}, not gone yet: {reason}; it is finished when the guest lets go, `qvirt devices {vm}` shows it");
+            eprintln!(
+                "qvirt: {id} is leaving {vm}, not gone yet: {reason}; it is finished when the guest lets go, `qvirt devices {vm}` shows it"
+            );
         }
     }
 }
@@ -136,7 +141,8 @@ fn places(folders: &Folders, vm: &VmName, place: Where) -> Result<(bool, bool), 
         return Err(target::not_running(folders, vm));
     }
     if stored && !is_stored {
-        let message = format!("VM {vm} has no stored config: `qvirt define FILE` stores one, or leave --config out");
+        let message =
+            format!("VM {vm} has no stored config: `qvirt define FILE` stores one, or leave --config out");
         return Err(Problem::new(Exit::Unknown, message));
     }
     Ok((live, stored))
@@ -155,7 +161,9 @@ fn chosen(choice: &DeviceChoice) -> Result<DeviceConfig, Problem> {
     match (&choice.file, flags.into_iter().find_map(|(table, text)| Some((table, text.as_ref()?)))) {
         (Some(file), _) => Ok(read_device(file)?),
         (None, Some((table, text))) => Ok(parse_flag(table, text, &folder)?),
-        (None, None) => Err(Problem::new(Exit::Usage, "name a device file, or a device by a flag such as --disk")),
+        (None, None) => {
+            Err(Problem::new(Exit::Usage, "name a device file, or a device by a flag such as --disk"))
+        }
     }
 }
 
@@ -171,10 +179,13 @@ async fn added(folders: &Folders, vm: &VmName, device: &mut DeviceConfig) -> Res
     };
     let (_, config) = with(device)?;
     let table = device.table();
-    let blueprint = Blueprint::draw(config, folders).await.map_err(|error| Problem { exit: Exit::Refused as u8, ..error.into() })?;
+    let blueprint = Blueprint::draw(config, folders)
+        .await
+        .map_err(|error| Problem { exit: Exit::Refused as u8, ..error.into() })?;
     if device.id().is_none() {
         // The new device is the last of its kind in the file, and so of those that were placed because they stand there.
-        let mut placed = blueprint.layout.devices().iter().filter(|d| d.config.table() == table && !d.on_demand);
+        let mut placed =
+            blueprint.layout.devices().iter().filter(|d| d.config.table() == table && !d.on_demand);
         if let Some(new) = placed.next_back() {
             device.set_id(new.id.clone());
         }
@@ -199,11 +210,15 @@ async fn removed(folders: &Folders, vm: &VmName, name: &str) -> Result<String, P
         }
         None => {
             let devices = planned(folders, vm).await?;
-            let is = |d: &&Placed| d.id.as_str() == name || d.label().is_some_and(|label| label.as_str() == name);
+            let is =
+                |d: &&Placed| d.id.as_str() == name || d.label().is_some_and(|label| label.as_str() == name);
             let Some(found) = devices.iter().find(is) else {
                 let known: Vec<&str> = devices.iter().map(|d| d.id.as_str()).collect();
                 let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-                return Err(Problem::new(Exit::Unknown, format!("the stored config of {vm} has no device {name}: it has {known}")));
+                return Err(Problem::new(
+                    Exit::Unknown,
+                    format!("the stored config of {vm} has no device {name}: it has {known}"),
+                ));
             };
             let table = found.config.table();
             let same = devices.iter().filter(|d| d.config.table() == table);
@@ -227,7 +242,12 @@ fn wanted(word: &str) -> Result<Wanted, Problem> {
 }
 
 /// The device that a file describes: by its id, or the one that agrees with every key the file gives.
-async fn name_of(folders: &Folders, vm: &VmName, client: Option<&Client>, device: &DeviceConfig) -> Result<String, Problem> {
+async fn name_of(
+    folders: &Folders,
+    vm: &VmName,
+    client: Option<&Client>,
+    device: &DeviceConfig,
+) -> Result<String, Problem> {
     if let Some(id) = device.id() {
         return Ok(id.to_string());
     }
@@ -240,16 +260,29 @@ async fn name_of(folders: &Folders, vm: &VmName, client: Option<&Client>, device
         }
         None => {
             let devices = planned(folders, vm).await?;
-            devices.iter().filter_map(|d| Some((d.id.to_string(), serde_json::to_value(&d.config).ok()?))).collect()
+            devices
+                .iter()
+                .filter_map(|d| Some((d.id.to_string(), serde_json::to_value(&d.config).ok()?)))
+                .collect()
         }
     };
-    let fitting: Vec<&String> = candidates.iter().filter(|(_, config)| agrees(config, &wanted)).map(|(id, _)| id).collect();
+    let fitting: Vec<&String> =
+        candidates.iter().filter(|(_, config)| agrees(config, &wanted)).map(|(id, _)| id).collect();
     match fitting.as_slice() {
         [id] => Ok((*id).clone()),
-        [] => Err(Problem::new(Exit::Unknown, format!("no device of {vm} agrees with the file: `qvirt devices {vm}` lists them"))),
+        [] => Err(Problem::new(
+            Exit::Unknown,
+            format!("no device of {vm} agrees with the file: `qvirt devices {vm}` lists them"),
+        )),
         several => {
             let ids: Vec<&str> = several.iter().map(|id| id.as_str()).collect();
-            Err(Problem::new(Exit::Usage, format!("several devices of {vm} agree with the file ({}): name one by its id", ids.join(", "))))
+            Err(Problem::new(
+                Exit::Usage,
+                format!(
+                    "several devices of {vm} agree with the file ({}): name one by its id",
+                    ids.join(", ")
+                ),
+            ))
         }
     }
 }

@@ -32,7 +32,8 @@ fn table(head: &[&str], rows: &[Vec<String>]) -> io::Result<()> {
     let widths: Vec<usize> = (0..head.len()).map(width).collect();
     let mut out = io::stdout().lock();
     let mut line = |cells: Vec<&str>| {
-        let cells: Vec<String> = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let cells: Vec<String> =
+            cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
         writeln!(out, "{}", cells.join("  ").trim_end())
     };
     line(head.to_vec())?;
@@ -47,7 +48,13 @@ pub fn list(rows: &[Row], as_json: bool) -> io::Result<()> {
     let cells = |row: &Row| {
         let pid = row.status.as_ref().map_or_else(|| "-".to_owned(), |s| s.pid.to_string());
         let uptime = row.status.as_ref().map_or_else(|| "-".to_owned(), |s| uptime(s.since_unix_secs));
-        vec![row.name.clone(), row.state.clone(), pid, uptime, if row.stored { "yes" } else { "no" }.to_owned()]
+        vec![
+            row.name.clone(),
+            row.state.clone(),
+            pid,
+            uptime,
+            if row.stored { "yes" } else { "no" }.to_owned(),
+        ]
     };
     table(&["NAME", "STATE", "PID", "UPTIME", "STORED"], &rows.iter().map(cells).collect::<Vec<_>>())
 }
@@ -97,12 +104,28 @@ pub fn devices(status: &Status) -> io::Result<()> {
             Stage::Leaving => "leaving",
         };
         let behind = d.pty.clone().or_else(|| d.backing.clone());
-        vec![d.id.clone(), d.kind.clone(), text(&d.label), text(&d.address), text(&d.driver), stage.to_owned(), text(&behind)]
+        vec![
+            d.id.clone(),
+            d.kind.clone(),
+            text(&d.label),
+            text(&d.address),
+            text(&d.driver),
+            stage.to_owned(),
+            text(&behind),
+        ]
     };
     let mut rows: Vec<Vec<String>> = status.devices.iter().map(cells).collect();
     for foreign in &status.foreign {
         let address = foreign.address.clone().unwrap_or_else(|| "-".to_owned());
-        rows.push(vec![foreign.name.clone(), "foreign".into(), "-".into(), address, "-".into(), "present".into(), "-".into()]);
+        rows.push(vec![
+            foreign.name.clone(),
+            "foreign".into(),
+            "-".into(),
+            address,
+            "-".into(),
+            "present".into(),
+            "-".into(),
+        ]);
     }
     table(&["ID", "KIND", "TARGET", "SEAT", "DRIVER", "STATE", "BEHIND"], &rows)?;
     let mut out = io::stdout().lock();

@@ -66,7 +66,14 @@ pub async fn run(args: Run) -> Result<Exit, Problem> {
 type Open = (Vec<tokio::task::JoinHandle<()>>, Option<(OwnedFd, JoinHandle<()>)>);
 
 /// Opens the control sockets and the console, and lets the guest go.
-async fn open(folders: &Folders, vm: &VmName, args: &Run, owner: &mut Owner, handle: &Handle, unfinished: bool) -> Result<Open, Problem> {
+async fn open(
+    folders: &Folders,
+    vm: &VmName,
+    args: &Run,
+    owner: &mut Owner,
+    handle: &Handle,
+    unfinished: bool,
+) -> Result<Open, Problem> {
     let serving = serve(folders, vm, handle)?;
     let console = if args.console { Some(open_console(folders, vm, handle)?) } else { None };
     if unfinished {
@@ -87,7 +94,9 @@ async fn bring_up(folders: &Folders, vm: &VmName, args: &Run) -> Result<(Born, b
     match life(&folders.vm(vm)?)? {
         Life::Orphan => {
             if args.paused {
-                let message = format!("VM {vm} is running without an owner, and --paused is for a start: leave it out to adopt the VM");
+                let message = format!(
+                    "VM {vm} is running without an owner, and --paused is for a start: leave it out to adopt the VM"
+                );
                 return Err(Problem::new(Exit::Refused, message));
             }
             return Ok(adopt(folders, vm).await?);
@@ -111,7 +120,11 @@ async fn bring_up(folders: &Folders, vm: &VmName, args: &Run) -> Result<(Born, b
 }
 
 /// Makes the control sockets and serves them.
-fn serve(folders: &Folders, vm: &VmName, handle: &Handle) -> Result<Vec<tokio::task::JoinHandle<()>>, Problem> {
+fn serve(
+    folders: &Folders,
+    vm: &VmName,
+    handle: &Handle,
+) -> Result<Vec<tokio::task::JoinHandle<()>>, Problem> {
     let files = folders.vm(vm)?;
     let shared = Shared {
         qmp: handle.qmp.clone(),
@@ -130,13 +143,17 @@ fn serve(folders: &Folders, vm: &VmName, handle: &Handle) -> Result<Vec<tokio::t
 /// TERM and INT end the VM, HUP leaves it; a closed terminal is a HUP too.
 fn signals() -> Result<mpsc::Receiver<Signal>, Problem> {
     let (sender, receiver) = mpsc::channel(8);
-    let kinds = [(SignalKind::terminate(), Signal::End), (SignalKind::interrupt(), Signal::End), (SignalKind::hangup(), Signal::Leave)];
+    let kinds = [
+        (SignalKind::terminate(), Signal::End),
+        (SignalKind::interrupt(), Signal::End),
+        (SignalKind::hangup(), Signal::Leave),
+    ];
     for (kind, meaning) in kinds {
         let mut stream = signal(kind)?;
         let sender = sender.clone();
-        tokio::spawn(async move {
-            while stream.recv().await.is_some() && sender.send(meaning).await.is_ok() {}
-        });
+        tokio::spawn(
+            async move { while stream.recv().await.is_some() && sender.send(meaning).await.is_ok() {} },
+        );
     }
     Ok(receiver)
 }
@@ -150,7 +167,8 @@ fn open_console(folders: &Folders, vm: &VmName, handle: &Handle) -> Result<Conso
 }
 
 fn no_console(vm: &VmName) -> Problem {
-    let message = format!("VM {vm} has no serial console: write [[serial]] into its config, or leave --console out");
+    let message =
+        format!("VM {vm} has no serial console: write [[serial]] into its config, or leave --console out");
     Problem::new(Exit::Usage, message)
 }
 
@@ -191,7 +209,9 @@ async fn end(folders: &Folders, vm: &VmName, ending: Ending) -> Result<Exit, Pro
             println!("{vm} runs on without an owner: `qvirt run {vm}` adopts it");
             return Ok(Exit::Done);
         }
-        Ending::Stopped { reason, in_order, last_words, shop, launch, locks } => (reason, in_order, last_words, shop, launch, locks),
+        Ending::Stopped { reason, in_order, last_words, shop, launch, locks } => {
+            (reason, in_order, last_words, shop, launch, locks)
+        }
     };
     info!(%vm, reason, uuid = launch.machine.uuid, "stopped");
     let entries = crate::journal::read_only::<crate::record::Entry>(&files.journal()).ok().flatten();
@@ -200,7 +220,8 @@ async fn end(folders: &Folders, vm: &VmName, ending: Ending) -> Result<Exit, Pro
         Some(shop) => {
             let workshop = *shop;
             drop(workshop.journal);
-            let cleared = clear_up(&workshop.host, devices.into_iter().map(|(device, _)| device), files.dir());
+            let cleared =
+                clear_up(&workshop.host, devices.into_iter().map(|(device, _)| device), files.dir());
             cleared.map_err(|error| Problem::of(Exit::Failed, &error))?;
         }
         None => warn!(%vm, "a job did not end with QEMU: `qvirt recover {vm}` clears up"),
@@ -209,7 +230,8 @@ async fn end(folders: &Folders, vm: &VmName, ending: Ending) -> Result<Exit, Pro
         println!("{vm} has stopped: {reason}");
         return Ok(Exit::Done);
     }
-    let words = if last_words.is_empty() { String::new() } else { format!("\nQEMU's last words:\n{last_words}") };
+    let words =
+        if last_words.is_empty() { String::new() } else { format!("\nQEMU's last words:\n{last_words}") };
     Err(Problem::new(Exit::Failed, format!("VM {vm} ended: {reason}{words}")))
 }
 

@@ -22,7 +22,12 @@ pub async fn check(args: Check) -> Result<Exit, Problem> {
     }
     let seats = blueprint.layout.topology().counts();
     if args.json {
-        let devices: Vec<_> = blueprint.layout.devices().iter().map(|d| json!({"id": d.id, "address": d.address, "config": d.config})).collect();
+        let devices: Vec<_> = blueprint
+            .layout
+            .devices()
+            .iter()
+            .map(|d| json!({"id": d.id, "address": d.address, "config": d.config}))
+            .collect();
         let value = json!({
             "name": blueprint.config.name, "qemu": blueprint.qemu.version, "machine": blueprint.machine.machine,
             "accel": blueprint.machine.accel, "accel-reason": blueprint.accel_reason, "devices": devices, "seats": seats,
@@ -31,7 +36,10 @@ pub async fn check(args: Check) -> Result<Exit, Problem> {
         print::json(&value)?;
         return Ok(Exit::Done);
     }
-    println!("{} is fine: {} on QEMU {}", blueprint.config.name, blueprint.machine.machine, blueprint.qemu.version);
+    println!(
+        "{} is fine: {} on QEMU {}",
+        blueprint.config.name, blueprint.machine.machine, blueprint.qemu.version
+    );
     println!("accel: {}", blueprint.accel_reason);
     for device in blueprint.layout.devices() {
         let address = device.address.as_ref().map(|a| format!(" on {a}")).unwrap_or_default();
@@ -69,7 +77,10 @@ pub async fn define(file: &Path) -> Result<Exit, Problem> {
     // Relative paths meant the file's folder; the stored file lies elsewhere.
     let stored = folders.config_file(&name);
     if let Some(path) = VmConfig::relative_path(&text, &stored)? {
-        let message = format!("config {}: path {path:?} is relative; a stored config needs absolute paths", file.display());
+        let message = format!(
+            "config {}: path {path:?} is relative; a stored config needs absolute paths",
+            file.display()
+        );
         return Err(Problem::new(Exit::Usage, message));
     }
     Blueprint::draw(config, &folders).await?;

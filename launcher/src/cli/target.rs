@@ -36,7 +36,11 @@ pub fn stored(folders: &Folders, vm: &VmName) -> Result<VmConfig, Problem> {
     }
     let config = VmConfig::read(&path)?;
     if config.name != *vm {
-        let message = format!("config {}: name is {:?}, and the file is that of {vm}: they must agree", path.display(), config.name.as_str());
+        let message = format!(
+            "config {}: name is {:?}, and the file is that of {vm}: they must agree",
+            path.display(),
+            config.name.as_str()
+        );
         return Err(Problem::new(Exit::Usage, message));
     }
     Ok(config)
@@ -45,14 +49,18 @@ pub fn stored(folders: &Folders, vm: &VmName) -> Result<VmConfig, Problem> {
 /// There is no such VM, and what there is; or it runs, and is not stored.
 pub fn unknown(folders: &Folders, vm: &VmName) -> Problem {
     if folders.vm(vm).is_ok_and(|files| files.dir().exists()) {
-        return Problem::new(Exit::Unknown, format!("VM {vm} has no stored config: `qvirt define FILE` stores one"));
+        return Problem::new(
+            Exit::Unknown,
+            format!("VM {vm} has no stored config: `qvirt define FILE` stores one"),
+        );
     }
     let mut known = folders.defined().unwrap_or_default();
     known.extend(folders.with_runtime().unwrap_or_default());
     known.sort();
     known.dedup();
     let known: Vec<&str> = known.iter().map(VmName::as_str).collect();
-    let known = if known.is_empty() { "none; `qvirt define FILE` stores one".to_owned() } else { known.join(", ") };
+    let known =
+        if known.is_empty() { "none; `qvirt define FILE` stores one".to_owned() } else { known.join(", ") };
     Problem::new(Exit::Unknown, format!("there is no VM {vm}: known are {known}"))
 }
 
@@ -68,10 +76,13 @@ pub fn not_running(folders: &Folders, vm: &VmName) -> Problem {
             Exit::Failed,
             format!("VM {vm} is running without an owner: `qvirt start {vm}` adopts it"),
         ),
-        Ok(Life::Remains) => {
-            Problem::new(Exit::Unknown, format!("VM {vm} is dead and left something: `qvirt recover {vm}` clears up"))
+        Ok(Life::Remains) => Problem::new(
+            Exit::Unknown,
+            format!("VM {vm} is dead and left something: `qvirt recover {vm}` clears up"),
+        ),
+        Ok(Life::Between) => {
+            Problem::new(Exit::Pending, format!("VM {vm} is just starting or ending: try again"))
         }
-        Ok(Life::Between) => Problem::new(Exit::Pending, format!("VM {vm} is just starting or ending: try again")),
         _ if folders.config_file(vm).exists() => {
             Problem::new(Exit::Unknown, format!("VM {vm} is not running: `qvirt start {vm}` starts it"))
         }

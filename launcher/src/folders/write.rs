@@ -14,6 +14,9 @@ pub struct WriteError {
     pub source: io::Error,
 }
 
+/// What the name of a file begins with that is being written: one that stays belongs to a process that was killed.
+pub(crate) const UNFINISHED: &str = ".new-";
+
 /// What to do about a failed write.
 pub(crate) fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
@@ -50,7 +53,7 @@ fn replace(path: &Path, bytes: &[u8], durably: bool) -> Result<(), WriteError> {
     let failed = |step| move |source| WriteError { path: path.into(), step, source };
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut temporary =
-        tempfile::Builder::new().prefix(".new-").tempfile_in(folder).map_err(failed("new file"))?;
+        tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder).map_err(failed("new file"))?;
     temporary.write_all(bytes).map_err(failed("write"))?;
     if let Ok(old) = fs::metadata(path) {
         temporary.as_file().set_permissions(old.permissions()).map_err(failed("mode"))?;

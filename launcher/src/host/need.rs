@@ -90,7 +90,9 @@ impl Host {
     pub fn meet(&self, id: &DeviceId, need: &HostNeed) -> Result<Vec<Named>, NeedError> {
         match need {
             HostNeed::Image { path, access } => self.lease(id, path, *access).map(|()| Vec::new()),
-            HostNeed::Tap { name, descriptors, switch, mac } => self.plug(name, descriptors, switch.as_ref(), *mac),
+            HostNeed::Tap { name, descriptors, switch, mac } => {
+                self.plug(name, descriptors, switch.as_ref(), *mac)
+            }
             HostNeed::VhostNet { descriptors } => {
                 let opened = open_vhost_net(u16::try_from(descriptors.len()).unwrap_or(u16::MAX))?;
                 Ok(descriptors.iter().cloned().zip(opened).collect())
@@ -119,7 +121,8 @@ impl Host {
 
     /// Gives everything back, the last first; goes on after an error and returns the first.
     pub fn give_all_back(&self, device: &Placed) -> Result<(), NeedError> {
-        let outcomes: Vec<_> = device.needs.iter().rev().map(|need| self.give_back(&device.id, need)).collect();
+        let outcomes: Vec<_> =
+            device.needs.iter().rev().map(|need| self.give_back(&device.id, need)).collect();
         outcomes.into_iter().collect()
     }
 
@@ -132,7 +135,13 @@ impl Host {
         Ok(self.leases.acquire(&key, mode, holder, look)?)
     }
 
-    fn plug(&self, name: &str, descriptors: &[String], switch: Option<&Switch>, mac: Mac) -> Result<Vec<Named>, NeedError> {
+    fn plug(
+        &self,
+        name: &str,
+        descriptors: &[String],
+        switch: Option<&Switch>,
+        mac: Mac,
+    ) -> Result<Vec<Named>, NeedError> {
         let name: LinkName = name.parse()?;
         if let Some(switch) = switch.filter(|switch| !switch.openvswitch) {
             link::bridge(&switch.bridge)?;
@@ -155,7 +164,13 @@ impl Host {
     fn join(&self, name: &LinkName, ifindex: u32, switch: &Switch) -> Result<(), NeedError> {
         if switch.openvswitch {
             let bridge: LinkName = switch.bridge.parse()?;
-            let new = NewPort { bridge: &bridge, port: name, tag: switch.vlan, vm: self.vm.as_str(), external_ids: &[] };
+            let new = NewPort {
+                bridge: &bridge,
+                port: name,
+                tag: switch.vlan,
+                vm: self.vm.as_str(),
+                external_ids: &[],
+            };
             return Ok(Ovs::default().add_port(&new)?);
         }
         let bridge = link::bridge(&switch.bridge)?;

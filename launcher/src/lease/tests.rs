@@ -231,3 +231,13 @@ fn an_image_is_its_inode_whatever_its_path() {
     assert_eq!(LeaseKey::image(&one).expect("there"), LeaseKey::image(&two).expect("there"));
     assert!(LeaseKey::image(&host.temp.path().join("none")).is_err());
 }
+
+/// Found by killing owners at random: a SIGKILL in the middle of a write left the new file beside the old one for good.
+#[test]
+fn what_a_killed_writer_left_is_swept_away() {
+    let host = Host::new();
+    host.take(Mode::Exclusive, "web", "sys", Staleness::Live).expect("free");
+    fs::write(host.leases.dir.join(".new-torn"), b"{").expect("written");
+    host.take(Mode::Exclusive, "web", "sys", Staleness::Live).expect("its own");
+    assert_eq!((host.who(), host.files()), (vec!["web/sys".to_owned()], 1));
+}

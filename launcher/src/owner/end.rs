@@ -81,7 +81,9 @@ impl Farewell {
         let deadlines = self.waiting.iter().map(|(deadline, _)| *deadline).min().filter(|_| !self.killing);
         let silence = self.silent_since.map(|since| since + SILENCE);
         let reboot = self.reboot.as_ref().map(|(deadline, _)| *deadline);
-        [self.shutdown.map(|s| s.0), self.press_again, deadlines, self.kill_at, silence, reboot].into_iter().flatten()
+        [self.shutdown.map(|s| s.0), self.press_again, deadlines, self.kill_at, silence, reboot]
+            .into_iter()
+            .flatten()
     }
 
     /// Whether the monitor has been closed for long.
@@ -105,7 +107,8 @@ impl Owner {
             return Some(reply);
         }
         let next = format!("`qvirt resume {vm}` first, or `qvirt kill {vm}`", vm = self.launch.vm);
-        let _ = reply.send(Err(not_now(&format!("the VM is {}, so the guest cannot be asked", self.run), &next)));
+        let _ =
+            reply.send(Err(not_now(&format!("the VM is {}, so the guest cannot be asked", self.run), &next)));
         None
     }
 
@@ -217,8 +220,13 @@ impl Owner {
         }
         if let Some((_, reply)) = self.farewell.reboot.take_if(|(deadline, _)| *deadline <= now) {
             let qmp = self.qmp.clone();
-            tokio::spawn(async move { qmp.call("set-action", json!({"shutdown": "poweroff"})).await.map(drop) });
-            let desc = format!("the guest has not shut down to reboot: `qvirt reset {}` resets it at once", self.launch.vm);
+            tokio::spawn(
+                async move { qmp.call("set-action", json!({"shutdown": "poweroff"})).await.map(drop) },
+            );
+            let desc = format!(
+                "the guest has not shut down to reboot: `qvirt reset {}` resets it at once",
+                self.launch.vm
+            );
             let _ = reply.send(Err(Failure::new(Class::Pending, desc)));
         }
         if self.farewell.killing {
@@ -270,7 +278,14 @@ impl Owner {
         // A job at work learns from the closed connection, and brings the workshop home.
         let shop = self.shop_when_home().await;
         let last_words = if in_order { String::new() } else { last_lines(&self.log, 10) };
-        Ending::Stopped { reason, in_order, last_words, shop, launch: Box::new(self.launch), locks: self.locks }
+        Ending::Stopped {
+            reason,
+            in_order,
+            last_words,
+            shop,
+            launch: Box::new(self.launch),
+            locks: self.locks,
+        }
     }
 
     async fn shop_when_home(&mut self) -> Option<Box<Workshop>> {

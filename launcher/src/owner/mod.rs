@@ -33,7 +33,7 @@ use tracing::{info, warn};
 use crate::control::{Envelope, event_line};
 use crate::locks::OfdLock;
 use crate::process::{Exit, Process, keep_under_cap};
-use crate::record::{Launch, Stage};
+use crate::record::{Entry, Launch, Stage};
 use crate::request::{Class, Failure, Request};
 use crate::status::{DeviceStatus, Foreign, IoFault, LOW_WATER, Status, VmState};
 use crate::work::Workshop;
@@ -111,6 +111,8 @@ pub struct Owner {
     faults: BTreeMap<DeviceId, IoFault>,
     /// Devices whose faults the journal does not know yet.
     unwritten: BTreeSet<DeviceId>,
+    /// What the journal is to learn when the job at work is done.
+    unnoted: Vec<Entry>,
     /// Which device uses a node, as last seen.
     nodes: BTreeMap<String, DeviceId>,
     /// I/O errors of nodes that were not seen yet, with their times.
@@ -158,7 +160,12 @@ impl Owner {
         let (sender, requests) = mpsc::channel(64);
         let (status, watch) = watch::channel(Arc::new(empty(&born)));
         let qmp = born.shop.qmp.clone();
-        let departures = born.stages.iter().filter(|(_, s)| **s == Stage::Leaving).map(|(id, _)| (id.clone(), Departure::new())).collect();
+        let departures = born
+            .stages
+            .iter()
+            .filter(|(_, s)| **s == Stage::Leaving)
+            .map(|(id, _)| (id.clone(), Departure::new()))
+            .collect();
         let mut owner = Owner {
             log: born.log,
             process: born.process,
@@ -174,6 +181,7 @@ impl Owner {
             ptys: BTreeMap::new(),
             faults: born.faults,
             unwritten: BTreeSet::new(),
+            unnoted: Vec::new(),
             nodes: BTreeMap::new(),
             unmatched: Vec::new(),
             foreign: Vec::new(),
@@ -192,7 +200,9 @@ impl Owner {
         let truth = truth::look(qmp.clone(), owner.known()).await;
         owner.learn(truth);
         // The former owner may have died before it asked them, or between their end and the end of what they stood on.
-        owner.queue.extend(owner.departures.iter().filter(|(_, d)| !d.clearing).map(|(id, _)| Job::Ask(id.clone())));
+        owner
+            .queue
+            .extend(owner.departures.iter().filter(|(_, d)| !d.clearing).map(|(id, _)| Job::Ask(id.clone())));
         // An attach that was interrupted may have left a controller that nobody uses.
         owner.dismiss_unused();
         owner.publish();
@@ -204,12 +214,13 @@ impl Owner {
     pub async fn go(&mut self) -> Result<(), qmp_client::QmpError> {
         if !self.launch.paused {
             self.qmp.call("cont", Value::Null).await?;
+            self.run = VmState::Running;
         }
         if let Some(shop) = &mut self.shop {
             shop.note(&crate::record::Entry::Live);
         }
-        let truth = truth::look(self.qmp.clone(), self.known()).await;
-        self.learn(truth);
+        // Beside the guest's first moments, and not before them.
+        self.look();
         self.publish();
         Ok(())
     }
@@ -245,7 +256,8 @@ impl Owner {
                 // What waits has not begun: whoever asked learns that the owner ended.
                 return self.left();
             }
-            if !talking && self.process.try_exited().is_none() && self.farewell.since_silence(Instant::now()) {
+            if !talking && self.process.try_exited().is_none() && self.farewell.since_silence(Instant::now())
+            {
                 warn!("QEMU closed its monitor and lives on: leaving it; `qvirt run` adopts it");
                 return self.left();
             }
@@ -259,7 +271,11 @@ impl Owner {
         match request {
             Request::Attach(attach) => self.queue.push_back(Job::Facts(attach, reply)),
             Request::Devices => {
-                let devices = self.layout.devices().iter().map(|d| json!({"id": d.id, "address": d.address, "config": d.config}));
+                let devices = self
+                    .layout
+                    .devices()
+                    .iter()
+                    .map(|d| json!({"id": d.id, "address": d.address, "config": d.config}));
                 let _ = reply.send(Ok(devices.collect()));
             }
             Request::Detach(detach) => self.detach(&detach, reply),
@@ -299,7 +315,9 @@ impl Owner {
             }
             KnownEvent::BlockIoError(error) => self.on_io_error(error, event.timestamp.seconds),
             KnownEvent::Shutdown(shutdown) => self.farewell.cause = Some(shutdown.reason.to_string()),
-            KnownEvent::Stop | KnownEvent::Resume | KnownEvent::Reset(_) | KnownEvent::GuestPanicked(_) => self.look(),
+            KnownEvent::Stop | KnownEvent::Resume | KnownEvent::Reset(_) | KnownEvent::GuestPanicked(_) => {
+                self.look()
+            }
             _ => {}
         }
     }
@@ -361,14 +379,26 @@ impl Owner {
         let mut warnings = Vec::new();
         if free <= LOW_WATER {
             let ports = self.layout.topology().ports().len();
-            warnings.push(format!("{free} of {ports} root ports free: set a larger [pcie] root_ports before the next start"));
+            warnings.push(format!(
+                "{free} of {ports} root ports free: set a larger [pcie] root_ports before the next start"
+            ));
         }
-        Status { devices: devices.collect(), run: self.run.clone(), foreign: self.foreign.clone(), warnings, ..self.head() }
+        Status {
+            devices: devices.collect(),
+            run: self.run.clone(),
+            foreign: self.foreign.clone(),
+            warnings,
+            ..self.head()
+        }
     }
 
     fn head(&self) -> Status {
         let counts = self.layout.topology().counts();
-        Status { seats: counts.into_iter().map(Into::into).collect(), pid: self.process.pid(), ..head(&self.launch) }
+        Status {
+            seats: counts.into_iter().map(Into::into).collect(),
+            pid: self.process.pid(),
+            ..head(&self.launch)
+        }
     }
 }
 

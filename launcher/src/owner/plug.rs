@@ -15,7 +15,7 @@ use tracing::{info, warn};
 
 use super::{Finished, Owner, Reply, not_now};
 use crate::launch::images;
-use crate::record::Stage;
+use crate::record::{Entry, Stage};
 use crate::request::{Attach, Attached, Class, Detach, Detached, Failure};
 use crate::status::VmState;
 use crate::work::{Asked, StepError, WorkError, Workshop, dry_run};
@@ -50,6 +50,8 @@ pub(super) enum Outcome {
 pub(super) struct Departure {
     since: Instant,
     ask_again: Instant,
+    /// Whether it was asked again with nobody waiting.
+    reminded: bool,
     waiting: Vec<(Instant, Reply)>,
     /// Whether a job to clear up is queued or at work.
     pub(super) clearing: bool,
@@ -60,14 +62,22 @@ pub(super) struct Departure {
 /// How long before the guest is asked again. ACPI takes it at once; native PCIe hot-plug needs more than five seconds and says so until then.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 
-/// How long before a guest is reminded of a device that nobody waits for.
+/// How long before a guest is reminded once more of a device that nobody waits for. The first time comes after [`ASK_AGAIN`]: what a new owner
+/// asks at once is no news to QEMU within a second of the former owner's asking, and that may have been lost.
 const REMIND: Duration = Duration::from_secs(30);
 
 impl Departure {
     pub(super) fn new() -> Departure {
         let now = Instant::now();
         let heard = "the guest has not answered yet".to_owned();
-        Departure { since: now, ask_again: now + ASK_AGAIN, waiting: Vec::new(), clearing: false, heard }
+        Departure {
+            since: now,
+            ask_again: now + ASK_AGAIN,
+            reminded: false,
+            waiting: Vec::new(),
+            clearing: false,
+            heard,
+        }
     }
 }
 
@@ -133,7 +143,8 @@ impl Owner {
 
     fn attach(&mut self, attach: Attach, facts: &HostFacts, reply: Reply) {
         if self.farewell.is_ending() {
-            let _ = reply.send(Err(not_now("the VM is shutting down", "attach to its config with --config instead")));
+            let _ = reply
+                .send(Err(not_now("the VM is shutting down", "attach to its config with --config instead")));
             return;
         }
         let planned = match plan(&attach.device, &self.layout, facts, &self.launch.qemu, Moment::Hot) {
@@ -193,7 +204,9 @@ impl Owner {
     }
 
     /// Takes the workshop back, and what came of the work.
-    pub(super) fn on_outcome(&mut self, shop: Box<Workshop>, outcome: Outcome) {
+    pub(super) fn on_outcome(&mut self, mut shop: Box<Workshop>, outcome: Outcome) {
+        // What happened while the job was at work comes after what it wrote itself.
+        self.unnoted.drain(..).for_each(|entry| shop.note(&entry));
         self.shop = Some(shop);
         match outcome {
             Outcome::Attached(parts, Ok(()), reply) => self.arrived(&parts, reply),
@@ -204,7 +217,10 @@ impl Owner {
                 warn!(device = %id, %error, "could not clear up behind the device; trying again");
                 if let Some(departure) = self.departures.get_mut(&id) {
                     departure.clearing = false;
-                    departure.heard = format!("the guest let go of it, but QEMU or the host did not: {}", crate::request::chain(&error));
+                    departure.heard = format!(
+                        "the guest let go of it, but QEMU or the host did not: {}",
+                        crate::request::chain(&error)
+                    );
                 }
             }
         }
@@ -217,7 +233,10 @@ impl Owner {
         for part in parts {
             info!(device = %part.id, address = ?part.address.as_ref().map(ToString::to_string), "attached");
             self.stages.insert(part.id.clone(), Stage::Present);
-            self.announce("QVIRT_DEVICE_ATTACHED", json!({"device": part.id.as_str(), "kind": part.config.table()}));
+            self.announce(
+                "QVIRT_DEVICE_ATTACHED",
+                json!({"device": part.id.as_str(), "kind": part.config.table()}),
+            );
             // The guest may have thrown it out meanwhile.
             ask |= self.early.remove(&part.id);
         }
@@ -251,7 +270,8 @@ impl Owner {
             let images: Vec<String> = images(parts).map(str::to_owned).collect();
             // Looking at the open files of all processes takes long where storage hangs.
             tokio::task::spawn_blocking(move || {
-                failure.desc = format!("{}; {}", failure.desc, users::explain(images.iter().map(String::as_str)));
+                failure.desc =
+                    format!("{}; {}", failure.desc, users::explain(images.iter().map(String::as_str)));
                 reply.send(Err(failure))
             });
         } else {
@@ -280,12 +300,18 @@ impl Owner {
         warn!(device = %id, reason, "the device stays");
         self.layout.topology_mut().stays(id);
         self.stages.insert(id.clone(), Stage::Present);
-        if let Some(shop) = &mut self.shop {
-            shop.note(&crate::record::Entry::Stage { id: id.clone(), stage: Stage::Present });
-        }
+        self.note(Entry::Stage { id: id.clone(), stage: Stage::Present });
         self.announce("QVIRT_DEVICE_STAYS", json!({"device": id.as_str(), "reason": reason}));
         let refused = Detached::Refused { id: id.to_string(), reason };
         answer_all(departure, &refused);
+    }
+
+    /// Journals what has happened, now or when the job at work has brought the journal home.
+    fn note(&mut self, entry: Entry) {
+        match &mut self.shop {
+            Some(shop) => shop.note(&entry),
+            None => self.unnoted.push(entry),
+        }
     }
 
     fn gone(&mut self, id: &DeviceId) {
@@ -308,7 +334,8 @@ impl Owner {
         let unused = |d: &&Placed| {
             d.on_demand && self.stages.get(&d.id) == Some(&Stage::Present) && self.layout.can_leave(d).is_ok()
         };
-        let unused: Vec<DeviceId> = self.layout.devices().iter().filter(unused).map(|d| d.id.clone()).collect();
+        let unused: Vec<DeviceId> =
+            self.layout.devices().iter().filter(unused).map(|d| d.id.clone()).collect();
         for id in unused {
             self.layout.topology_mut().leaving(&id);
             self.stages.insert(id.clone(), Stage::Leaving);
@@ -333,11 +360,17 @@ impl Owner {
             return;
         }
         let now = Instant::now();
-        let forgotten = |d: &Departure| !d.clearing && d.waiting.is_empty() && d.ask_again + REMIND <= now;
-        let ids: Vec<DeviceId> = self.departures.iter().filter(|(_, d)| forgotten(d)).map(|(id, _)| id.clone()).collect();
+        let forgotten = |d: &Departure| {
+            !d.clearing
+                && d.waiting.is_empty()
+                && d.ask_again + if d.reminded { REMIND } else { Duration::ZERO } <= now
+        };
+        let ids: Vec<DeviceId> =
+            self.departures.iter().filter(|(_, d)| forgotten(d)).map(|(id, _)| id.clone()).collect();
         for id in ids {
             if let Some(departure) = self.departures.get_mut(&id) {
                 departure.ask_again = now;
+                departure.reminded = true;
             }
             self.queue.push_back(Job::Ask(id));
         }
@@ -345,13 +378,17 @@ impl Owner {
 
     /// The next moment at which something must be done although nothing happens.
     pub(super) fn next_wake(&self) -> Option<Instant> {
-        let waits = self.departures.values().flat_map(|d| d.waiting.iter().map(|(deadline, _)| *deadline).chain(self.asks(d)));
+        let waits = self
+            .departures
+            .values()
+            .flat_map(|d| d.waiting.iter().map(|(deadline, _)| *deadline).chain(self.asks(d)));
         waits.chain(self.farewell.next_wake()).min()
     }
 
     /// When a departure is to be asked for again: only while somebody waits.
     fn asks(&self, departure: &Departure) -> Option<Instant> {
-        (!departure.waiting.is_empty() && !departure.clearing && self.shop.is_some()).then_some(departure.ask_again)
+        (!departure.waiting.is_empty() && !departure.clearing && self.shop.is_some())
+            .then_some(departure.ask_again)
     }
 
     /// Answers those who waited long enough, asks again for those who wait.

@@ -47,7 +47,8 @@ pub(super) async fn look(qmp: Qmp, known: Vec<String>) -> Truth {
     };
     let run = ask("query-status", Value::Null).await.and_then(|v| v["status"].as_str().map(str::to_owned));
     let mut truth = Truth { run, peripherals: crate::work::peripherals(&qmp).await.ok(), ..Truth::default() };
-    let unknown = truth.peripherals.iter().flatten().filter(|id| !known.contains(id)).filter(|_| !known.is_empty());
+    let unknown =
+        truth.peripherals.iter().flatten().filter(|id| !known.contains(id)).filter(|_| !known.is_empty());
     for id in unknown {
         let get = async |property: &str| {
             let arguments = json!({"path": format!("/machine/peripheral/{id}"), "property": property});
@@ -60,13 +61,20 @@ pub(super) async fn look(qmp: Qmp, known: Vec<String>) -> Truth {
     let chardevs = ask("query-chardev", Value::Null).await;
     truth.ptys = chardevs.map(|list| {
         let ptys = list.as_array().cloned().unwrap_or_default();
-        let pty = |c: &Value| Some((c["label"].as_str()?.to_owned(), c["filename"].as_str()?.strip_prefix("pty:")?.to_owned()));
+        let pty = |c: &Value| {
+            Some((c["label"].as_str()?.to_owned(), c["filename"].as_str()?.strip_prefix("pty:")?.to_owned()))
+        };
         ptys.iter().filter_map(pty).collect()
     });
-    for device in ask("query-block", Value::Null).await.as_ref().and_then(Value::as_array).into_iter().flatten() {
+    for device in
+        ask("query-block", Value::Null).await.as_ref().and_then(Value::as_array).into_iter().flatten()
+    {
         if let Some(path) = device["qdev"].as_str() {
             let text = |value: &Value| value.as_str().map(str::to_owned);
-            truth.disks.insert(path.to_owned(), (text(&device["io-status"]), text(&device["inserted"]["node-name"])));
+            truth.disks.insert(
+                path.to_owned(),
+                (text(&device["io-status"]), text(&device["inserted"]["node-name"])),
+            );
         }
     }
     truth
@@ -145,7 +153,13 @@ impl Owner {
             .layout
             .devices()
             .iter()
-            .map(|d| (d.id.clone(), self.stages.get(&d.id).copied().unwrap_or(Stage::Present), d.spec.frontend.is_some()))
+            .map(|d| {
+                (
+                    d.id.clone(),
+                    self.stages.get(&d.id).copied().unwrap_or(Stage::Present),
+                    d.spec.frontend.is_some(),
+                )
+            })
             .collect();
         for (id, stage, has_frontend) in ours {
             let there = !has_frontend || peripherals.iter().any(|p| p == id.as_str());
@@ -156,11 +170,17 @@ impl Owner {
         if strangers.is_empty() && self.foreign.is_empty() {
             return;
         }
-        let place = |place: &Option<(String, u8)>| place.as_ref().and_then(|(bus, addr)| self.seat_of(bus, *addr));
-        let seats: Vec<(String, Option<Address>)> = strangers.iter().map(|(name, at)| (name.clone(), place(at))).collect();
-        let shown = |(name, address): &(String, Option<Address>)| Foreign { name: name.clone(), address: address.as_ref().map(Address::to_string) };
+        let place =
+            |place: &Option<(String, u8)>| place.as_ref().and_then(|(bus, addr)| self.seat_of(bus, *addr));
+        let seats: Vec<(String, Option<Address>)> =
+            strangers.iter().map(|(name, at)| (name.clone(), place(at))).collect();
+        let shown = |(name, address): &(String, Option<Address>)| Foreign {
+            name: name.clone(),
+            address: address.as_ref().map(Address::to_string),
+        };
         let foreign = seats.iter().map(shown).collect();
-        let seats: Vec<(Address, String)> = seats.into_iter().filter_map(|(name, address)| Some((address?, name))).collect();
+        let seats: Vec<(Address, String)> =
+            seats.into_iter().filter_map(|(name, address)| Some((address?, name))).collect();
         self.layout.topology_mut().set_foreign(seats);
         self.foreign = foreign;
     }

@@ -1,0 +1,11 @@
+//! Failure at every step: of a launch, an attach, a detach and the clearing up behind one. Whatever fails, QEMU, the host and qvirt's own
+//! books are then as they were before.
+//!
+//! `sweep` fails each step from within, as the code counts them, so that a new step without a failure fails here; `commands` has QEMU fail,
+//! stall or die at each command, `guests` has guests that refuse, ignore and surprise. `stage` is the VM, `holdings` what is compared.
+
+mod commands;
+mod guests;
+mod holdings;
+mod stage;
+mod sweep;
