@@ -276,10 +276,12 @@ fn talk(scene: &mut Scene, socket: &Path) {
     let mut host = UnixStream::connect(socket).expect("the channel's socket takes a client");
     host.set_read_timeout(Some(Duration::from_secs(30))).expect("a read timeout");
     let port = "port=$(grep -l org.test.0 /sys/class/virtio-ports/*/name); port=${port%/name}; port=/dev/${port##*/}";
-    // The guest must have the port open before the host writes, or QEMU holds nothing for it.
+    // Opened once: QEMU holds nothing for a port that the guest has closed.
     scene
         .guest
-        .check(&format!("{port}; (head -c 9 <$port >/tmp/heard; printf to-host >$port) >/dev/null 2>&1 &"))
+        .check(&format!(
+            "{port}; (exec 3<>$port; head -c 9 <&3 >/tmp/heard; printf to-host >&3) >/dev/null 2>&1 &"
+        ))
         .expect("a script");
     host.write_all(b"to-guest\n").expect("the host writes");
     let mut heard = [0; 7];

@@ -318,7 +318,7 @@ fn pid_in(status: &Value, key: &str) -> i32 {
     pid.unwrap_or_else(|| panic!("the status has no {key}: {status}"))
 }
 
-/// Waits for a program whose output is piped; kills it and panics after [`PATIENCE`].
+/// Waits for a program whose output is piped; kills it and panics after a while.
 pub fn finished(mut child: Child) -> Output {
     fn reader(pipe: Option<impl Read + AsFd + Send + 'static>) -> std::thread::JoinHandle<String> {
         std::thread::spawn(move || {

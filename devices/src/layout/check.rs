@@ -1,0 +1,125 @@
+//! What a config is by itself: what speaks against it, the seat it wants, what it needs of the host, and whether this QEMU has all of it.
+
+use crate::capabilities::Capabilities;
+use crate::device::DeviceConfig;
+use crate::host::{HostFacts, HostNeed, Layer};
+use crate::id::DeviceId;
+use crate::port::SerialType;
+use crate::refusal::Refusal;
+use crate::spec::{Backend, DeviceSpec};
+use crate::topology::Seat;
+
+pub(super) fn hot_pluggable(id: &DeviceId, config: &DeviceConfig) -> Result<(), Refusal> {
+    match config {
+        DeviceConfig::Serial(serial) if serial.kind() == SerialType::IsaSerial => {
+            Err(Refusal::NotHotPluggable { id: id.clone(), kind: "an isa-serial port" })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// What can be said against a config by itself; gives the chain of a disk's image.
+pub(super) fn check(
+    id: &DeviceId,
+    config: &DeviceConfig,
+    shared_memory: bool,
+    host: &HostFacts,
+    qemu: &Capabilities,
+) -> Result<Vec<Layer>, Refusal> {
+    match config {
+        DeviceConfig::Disk(disk) => disk.check(id, qemu)?,
+        DeviceConfig::Nic(nic) => nic.check(id, shared_memory, qemu)?,
+        DeviceConfig::Channel(channel) => channel.check(id, &host.run_dir)?,
+        DeviceConfig::ScsiController(controller) => controller.check(id)?,
+        DeviceConfig::Serial(_) | DeviceConfig::VirtioSerial(_) | DeviceConfig::Iothread(_) => {}
+    }
+    for path in config.clone().paths_mut() {
+        let value = |rule: &str| {
+            Err(Refusal::Value {
+                id: id.clone(),
+                key: "path",
+                value: format!("{path:?}"),
+                rule: rule.to_owned(),
+            })
+        };
+        if !path.starts_with('/') {
+            return value("paths are absolute here: begin it with `/`");
+        }
+        if path.chars().any(char::is_control) {
+            return value(
+                "a path with control characters (a newline, say) cannot be shown or logged truthfully: rename the file",
+            );
+        }
+    }
+    match config.image() {
+        Some(path) => {
+            let chain = host.chains.get(path).filter(|chain| !chain.is_empty());
+            chain.cloned().ok_or_else(|| Refusal::UnknownImage { id: id.clone(), path: path.to_owned() })
+        }
+        None => Ok(Vec::new()),
+    }
+}
+
+pub(super) fn seat(config: &DeviceConfig) -> Option<Seat> {
+    Some(match config {
+        DeviceConfig::Disk(disk) => disk.seat(),
+        DeviceConfig::Nic(nic) => Seat::Pci(nic.seat.clone()),
+        DeviceConfig::ScsiController(controller) => Seat::Pci(controller.seat.clone()),
+        DeviceConfig::VirtioSerial(controller) => Seat::Pci(controller.seat.clone()),
+        DeviceConfig::Serial(serial) => serial.seat(),
+        DeviceConfig::Channel(_) => Seat::SerialPort { console: false },
+        DeviceConfig::Iothread(_) => return None,
+    })
+}
+
+pub(super) fn needs(
+    vm: &str,
+    id: &DeviceId,
+    config: &DeviceConfig,
+    chain: &[Layer],
+    host: &HostFacts,
+) -> Vec<HostNeed> {
+    match config {
+        DeviceConfig::Disk(disk) => disk.needs(chain),
+        DeviceConfig::Nic(nic) => nic.needs(vm, id),
+        DeviceConfig::Channel(channel) => channel.needs(id, &host.run_dir),
+        DeviceConfig::Serial(_)
+        | DeviceConfig::ScsiController(_)
+        | DeviceConfig::VirtioSerial(_)
+        | DeviceConfig::Iothread(_) => Vec::new(),
+    }
+}
+
+/// Whether this QEMU has every driver and property that a spec names.
+pub fn check_spec(spec: &DeviceSpec, qemu: &Capabilities) -> Result<(), Refusal> {
+    let missing = |kind, name: &str| {
+        let (id, version) = (spec.id.clone(), qemu.version.clone());
+        Err(Refusal::NotInQemu { id, kind, name: name.to_owned(), version })
+    };
+    for backend in &spec.backends {
+        let text = |props: &crate::spec::Props, key: &str| {
+            props.get(key).and_then(|v| v.as_str()).unwrap_or("").to_owned()
+        };
+        match backend {
+            Backend::Object(props) if !qemu.objects.contains(&text(props, "qom-type")) => {
+                return missing("object", &text(props, "qom-type"));
+            }
+            Backend::Blockdev(props) if !qemu.block_drivers.contains(&text(props, "driver")) => {
+                return missing("block driver", &text(props, "driver"));
+            }
+            _ => {}
+        }
+    }
+    let Some(frontend) = &spec.frontend else { return Ok(()) };
+    let driver = frontend.driver();
+    let Some(properties) = qemu.driver(driver) else { return missing("device", driver) };
+    match frontend.properties().find(|(name, _)| !properties.contains_key(*name)) {
+        Some((property, _)) => Err(Refusal::NoProperty {
+            id: spec.id.clone(),
+            driver: driver.to_owned(),
+            property: property.clone(),
+            version: qemu.version.clone(),
+        }),
+        None => Ok(()),
+    }
+}
