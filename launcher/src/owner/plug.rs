@@ -147,6 +147,11 @@ impl Owner {
                 .send(Err(not_now("the VM is shutting down", "attach to its config with --config instead")));
             return;
         }
+        if let Some(id) = attach.device.id().filter(|id| self.departures.contains_key(id)) {
+            let refusal = devices::Refusal::Busy { id: id.clone(), state: "leaving" };
+            let _ = reply.send(Err(Failure::of(Class::Refused, &refusal)));
+            return;
+        }
         let planned = match plan(&attach.device, &self.layout, facts, &self.launch.qemu, Moment::Hot) {
             Ok(planned) => planned,
             Err(refusal) => {
