@@ -163,12 +163,8 @@ fn meet(scene: &mut Scene, case: &Case, people: &Follower, programs: &Follower) 
         _ => format!("dd if=/dev/zero of=/dev/{name} bs=4096 count=1 oflag=direct"),
     };
     // In the background: it hangs while the VM is stopped.
-    scene
-        .guest
-        .check(&format!(
-            "rm -f /tmp/result; ((sleep 1; {script}) >/tmp/said 2>&1; echo $? >/tmp/result) >/dev/null 2>&1 &"
-        ))
-        .expect("a script");
+    scene.guest.check("rm -f /tmp/result").expect("a script");
+    scene.begin(&format!("(sleep 1; {script}) >/tmp/said 2>&1; echo $? >/tmp/result"));
     scene.vm.wait_for("the fault in the status", || scene.vm.device(id)["fault"]["action"] == *action);
     if *action == "stop" {
         scene

@@ -277,12 +277,7 @@ fn talk(scene: &mut Scene, socket: &Path) {
     host.set_read_timeout(Some(Duration::from_secs(30))).expect("a read timeout");
     let port = "port=$(grep -l org.test.0 /sys/class/virtio-ports/*/name); port=${port%/name}; port=/dev/${port##*/}";
     // Opened once: QEMU holds nothing for a port that the guest has closed.
-    scene
-        .guest
-        .check(&format!(
-            "{port}; (exec 3<>$port; head -c 9 <&3 >/tmp/heard; printf to-host >&3) >/dev/null 2>&1 &"
-        ))
-        .expect("a script");
+    scene.begin(&format!("{port}; exec 3<>$port; head -c 9 <&3 >/tmp/heard; printf to-host >&3; exec 3>&-"));
     host.write_all(b"to-guest\n").expect("the host writes");
     let mut heard = [0; 7];
     host.read_exact(&mut heard).expect("the guest answers");

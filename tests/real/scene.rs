@@ -80,6 +80,13 @@ impl Scene {
         self.sees(&format!("detach {id}"), |seen| seen == before);
     }
 
+    /// Begins a script in the guest's background. Its process stays when it is done: the end of an orphan interrupts the guest's only shell, which
+    /// then forgets the half of a line that it has read by then.
+    pub fn begin(&mut self, script: &str) {
+        let job = format!("({script}; exec sleep 100000) >/dev/null 2>&1 &");
+        self.guest.check(&job).expect("a script in the background");
+    }
+
     /// The first bytes of the disk with that serial number, read by the guest.
     pub fn read_disk(&mut self, serial: &str, bytes: usize) -> String {
         let name = self.disk(serial);
