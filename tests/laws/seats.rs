@@ -189,3 +189,45 @@ fn written(port: &devices::pcie::RootPort) -> devices::pcie::ControllerConfig {
         seat: None,
     }
 }
+
+proptest! {
+    /// A guest may be told of an eject twice: a seat that was left a moment ago is the last to be given again.
+    #[test]
+    fn a_seat_that_was_left_is_used_last(ports in 2_u16..12, leaver in 0_usize..2) {
+        let mut topology = Topology::growing(None);
+        topology.add_spare(ports).expect("there is room");
+        let any = Seat::Pci(None);
+        let mut first = Vec::new();
+        for number in 0..2 {
+            first.push(topology.claim(&device(number), &any, Moment::Hot).expect("a port is free"));
+        }
+        topology.release(&device(leaver));
+        // All others come first, and then it.
+        for number in 2..usize::from(ports) {
+            let id = format!("other{number}").parse().expect("an id");
+            prop_assert_ne!(&topology.claim(&id, &any, Moment::Hot).expect("a port is free"), &first[leaver]);
+        }
+        let last = topology.claim(&device(leaver), &any, Moment::Hot).expect("a port is free");
+        prop_assert_eq!(&last, &first[leaver]);
+        prop_assert!(topology.claim(&device(5), &any, Moment::Hot).is_err());
+    }
+
+    /// What stands on a controller would go with it: one that was asked to leave takes nothing new.
+    #[test]
+    fn a_controller_that_leaves_takes_no_devices(console in any::<bool>()) {
+        let mut topology = Topology::growing(None);
+        topology.add_spare(4).expect("there is room");
+        let (scsi, serial) = (device(0), device(1));
+        for (id, index) in [(&scsi, topology.add_scsi_controller(&scsi)), (&serial, topology.add_serial_controller(&serial))] {
+            prop_assert_eq!(index, Some(0));
+            topology.claim(id, &Seat::Pci(None), Moment::Hot).expect("a port is free");
+        }
+        prop_assert!(topology.has_free_target() && topology.has_free_serial_port(console));
+        topology.leaving(&scsi);
+        topology.leaving(&serial);
+        prop_assert!(!topology.has_free_target() && !topology.has_free_serial_port(console));
+        topology.stays(&scsi);
+        topology.stays(&serial);
+        prop_assert!(topology.has_free_target() && topology.has_free_serial_port(console));
+    }
+}
