@@ -380,9 +380,10 @@ impl DiskConfig {
         DeviceSpec { id: id.clone(), backends, frontend: Some(Frontend(frontend)) }
     }
 
-    fn cache_options(&self) -> serde_json::Value {
-        let cache = self.cache.unwrap_or(Cache::Writeback);
-        json!({"direct": cache.direct(), "no-flush": cache.no_flush()})
+    /// Without a mode QEMU's defaults stand, which are those of `writeback`: its monitor reads a byte at a time, so what need not be said
+    /// is not said.
+    fn cache_options(&self) -> Option<serde_json::Value> {
+        self.cache.map(|cache| json!({"direct": cache.direct(), "no-flush": cache.no_flush()}))
     }
 
     fn file_node(&self, id: &DeviceId, layer: &Layer, generation: Generation) -> Backend {
@@ -409,7 +410,7 @@ impl DiskConfig {
         let mut node = props(json!({
             "driver": layer.format.word(),
             "node-name": id.format_node(generation),
-            "read-only": depth > 0 || self.is_read_only(),
+            "read-only": (depth > 0 || self.is_read_only()).then_some(true),
             "cache": self.cache_options(),
             "discard": self.discard.map(Discard::word),
             "file": id.file_node(generation),
@@ -437,7 +438,7 @@ impl DiskConfig {
             Address::SerialPort { .. } | Address::Isa(_) => (String::new(), None, None),
         };
         let device_id = lun.map(|_| self.device_id.clone().unwrap_or_else(|| id.to_string()));
-        let write_cache = (!self.is_cdrom()).then(|| self.cache.unwrap_or(Cache::Writeback).write_cache());
+        let write_cache = self.cache.filter(|_| !self.is_cdrom()).map(Cache::write_cache);
         json!({
             "driver": self.driver(),
             "id": id.as_str(),

@@ -228,8 +228,8 @@ fn without_files() -> Vec<(&'static str, Told, String)> {
 /// The three refusals that no config leads to.
 #[test]
 fn refusals_of_a_launcher_or_a_qemu_at_fault() {
-    let disk: DeviceConfig =
-        serde_json::from_value(serde_json::json!({"disk": {"id": "sys", "path": "/a.raw"}})).expect("a disk");
+    let disk = serde_json::json!({"disk": {"id": "sys", "path": "/a.raw", "cache": "writeback"}});
+    let disk: DeviceConfig = serde_json::from_value(disk).expect("a disk");
     let mut topology = Topology::growing(None);
     topology.add_spare(1).expect("there is room");
     let layout = Layout::new("vm", false, topology);
