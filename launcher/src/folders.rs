@@ -314,16 +314,6 @@ impl VmFiles {
         self.dir.join("journal")
     }
 
-    /// QEMU's stdout and stderr; older ones are `qemu.log.1` to `.3`.
-    pub fn log(&self) -> PathBuf {
-        self.dir.join("qemu.log")
-    }
-
-    /// What the console `device` printed.
-    pub fn console_log(&self, device: &str) -> PathBuf {
-        self.dir.join(format!("console-{device}.log"))
-    }
-
     /// The lock of whoever is attached to the console `device`.
     pub fn console_lock(&self, device: &str) -> PathBuf {
         self.dir.join(format!("console-{device}.lock"))
