@@ -8,13 +8,16 @@ export CARGO_TERM_COLOR ?= auto
 # What fails says where without drowning the guest's own words.
 export RUST_BACKTRACE ?= 0
 
-.PHONY: help images build release test demo bench lint record soak clean
+.PHONY: help images lock build release test lab lab-shell demo bench lint record soak clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-images: ## QEMU 7.2 and 10.0, the guest and the Python client, under target/images (cached)
+images: ## QEMU 7.2 and 10.0, the guest, the lab and the Python client, under target/images (cached)
 	@integration-images/setup
+
+lock: ## the newest of the packages that images are made of, to integration-images/packages.lock; prints what changed
+	@integration-images/lock
 
 build: ## every crate, unoptimised
 	cargo build --workspace
@@ -25,19 +28,27 @@ release: ## the qvirt program as it is shipped
 test: images build ## all tests, real QEMU and guest included; the guests' inventories stand in the output
 	cargo test --workspace -- --test-threads=$(THREADS) --show-output
 
+lab: images build ## the tests in the hardware lab alone, as they go
+	cargo test -p tests --test lab -- --test-threads=1 --nocapture
+
+lab-shell: images build ## a root shell in the lab, with qvirt on the path
+	@cargo run --quiet -p tests --bin lab shell
+
 demo: images ## the main job, told step by step
 	cargo build -p launcher
 	@examples/demo
 
 bench: images release ## the ratios that the goals name
-	cargo bench -p tests --bench ratios
+	cargo bench -p tests --bench ratios --bench suspension
 
 lint: ## format, clippy and documentation, warnings being errors
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --quiet
-	bash -n integration-images/setup && bash -n .ci/run
-	sh -n integration-images/guest/init && sh -n integration-images/guest/inventory && sh -n integration-images/guest/hotplug
+	@for script in .ci/run integration-images/setup integration-images/lock integration-images/lib/*.sh integration-images/parts/*.sh \
+		integration-images/lab/init; do bash -n $$script || exit 1; done
+	sh -n integration-images/lab/initramfs-init && sh -n integration-images/lab/poweroff
+	sh -n integration-images/guest/init
 
 record: images ## tests/recorded/ anew, from the QEMUs under target/images
 	@integration-images/record-schemas

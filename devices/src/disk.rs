@@ -1,17 +1,20 @@
 //! Disks and CD-ROMs: virtio-blk and virtio-scsi, raw and qcow2, on files and block devices.
 
-use serde::{Deserialize, Serialize};
-use serde_json::json;
+mod lower;
 
-use crate::address::{Address, PciSeat};
+use serde::{Deserialize, Serialize};
+
+use crate::address::PciSeat;
 use crate::capabilities::Capabilities;
-use crate::host::{Access, Format, HostNeed, Layer};
-use crate::id::{DeviceId, Generation, Label};
+use crate::host::Format;
+use crate::id::{DeviceId, Label};
+use crate::port::SOCKET_PATH_MAX;
 use crate::refusal::Refusal;
-use crate::spec::{Backend, DeviceSpec, Frontend, props};
+use crate::retry::{Engine, OnError, Retry};
 use crate::text::words;
 use crate::topology::Seat;
-use crate::units::Millis;
+
+pub(crate) use lower::Storage;
 
 words! {
     /// The bus a disk is on.
@@ -21,6 +24,7 @@ words! {
         /// A LUN of a virtio-scsi controller: `scsi-hd` or `scsi-cd`.
         VirtioScsi = "virtio-scsi" | "scsi",
     }
+    "only on these can I/O be held while its storage fails, and qvirt has disks on no other"
 }
 
 words! {
@@ -84,38 +88,6 @@ words! {
         /// The host frees the blocks.
         Unmap = "unmap",
     }
-}
-
-words! {
-    /// What QEMU does at a failed read or write.
-    ErrorPolicy, "error policy" {
-        /// Tells the guest. QEMU's default for reads.
-        Report = "report",
-        /// Goes on as if nothing had happened.
-        Ignore = "ignore",
-        /// Stops the VM when the host has no space left, tells the guest otherwise. QEMU's default for writes.
-        Enospc = "enospc",
-        /// Stops the VM.
-        Stop = "stop",
-        /// QEMU's default for the device.
-        Auto = "auto",
-        /// Holds the I/O and retries it: only where this QEMU has it.
-        Retry = "retry",
-    }
-}
-
-/// Table `on_error`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct OnError {
-    /// `rerror` of the device.
-    pub read: Option<ErrorPolicy>,
-    /// `werror` of the device.
-    pub write: Option<ErrorPolicy>,
-    /// Time between two retries; with `retry` only.
-    pub interval: Option<Millis>,
-    /// How long to retry, `0ms` for ever; with `retry` only.
-    pub timeout: Option<Millis>,
 }
 
 /// Table `scsi` of a disk: its place on a virtio-scsi controller.
@@ -221,7 +193,7 @@ impl DiskConfig {
         }
     }
 
-    fn driver(&self) -> &'static str {
+    pub(crate) fn driver(&self) -> &'static str {
         match (self.bus(), self.is_cdrom()) {
             (DiskBus::VirtioBlk, _) => "virtio-blk-pci",
             (DiskBus::VirtioScsi, false) => "scsi-hd",
@@ -240,8 +212,14 @@ impl DiskConfig {
         }
     }
 
-    /// What can be said against it without looking at the machine.
-    pub(crate) fn check(&self, id: &DeviceId, qemu: &Capabilities) -> Result<(), Refusal> {
+    /// What can be said against it without looking at the machine; gives how it retries.
+    pub(crate) fn check(
+        &self,
+        id: &DeviceId,
+        threaded: bool,
+        run_dir: &str,
+        qemu: &Capabilities,
+    ) -> Result<Option<Retry>, Refusal> {
         let misplaced = |key, with, next| Err(Refusal::Misplaced { id: id.clone(), key, with, next });
         let scsi = self.bus() == DiskBus::VirtioScsi;
         match self {
@@ -273,7 +251,7 @@ impl DiskConfig {
                 "this cache mode",
                 "aio = \"native\" needs cache = \"none\" or \"directsync\"",
             ),
-            _ => self.check_values(id, scsi).and_then(|()| self.check_errors(id, qemu)),
+            _ => self.check_values(id, scsi),
         }?;
         let missing = |kind, name: &str| Refusal::NotInQemu {
             id: id.clone(),
@@ -286,8 +264,29 @@ impl DiskConfig {
             _ if !qemu.block_drivers.contains(self.format().word()) => {
                 Err(missing("block driver", self.format().word()))
             }
-            _ => Ok(()),
+            _ => self.check_retry(id, threaded, run_dir, qemu),
         }
+    }
+
+    fn check_retry(
+        &self,
+        id: &DeviceId,
+        threaded: bool,
+        run_dir: &str,
+        qemu: &Capabilities,
+    ) -> Result<Option<Retry>, Refusal> {
+        let retry = self.retry(id, threaded, qemu)?;
+        let longest = id.io_control(run_dir);
+        if retry.as_ref().is_some_and(|r| r.engine == Engine::Proxy) && longest.len() > SOCKET_PATH_MAX {
+            let rule = format!(
+                "the proxy's socket {longest} has {} bytes and the kernel takes at most {SOCKET_PATH_MAX}: use a shorter id or VM \
+                 name, or another engine",
+                longest.len()
+            );
+            let (key, value) = ("on_error.engine", "\"proxy\"".to_owned());
+            return Err(Refusal::Value { id: id.clone(), key, value, rule });
+        }
+        Ok(retry)
     }
 
     fn check_values(&self, id: &DeviceId, scsi: bool) -> Result<(), Refusal> {
@@ -324,140 +323,5 @@ impl DiskConfig {
             return Err(Refusal::LabelPrefix { id: id.clone(), label: label.clone(), wanted });
         }
         Ok(())
-    }
-
-    fn check_errors(&self, id: &DeviceId, qemu: &Capabilities) -> Result<(), Refusal> {
-        let errors = self.on_error.unwrap_or_default();
-        let retries = [errors.read, errors.write].contains(&Some(ErrorPolicy::Retry));
-        if retries && !qemu.io_error_actions.contains("retry") {
-            return Err(Refusal::NotInQemu {
-                id: id.clone(),
-                kind: "error policy",
-                name: "retry".to_owned(),
-                version: qemu.version.clone(),
-            });
-        }
-        if !retries && (errors.interval.is_some() || errors.timeout.is_some()) {
-            return Err(Refusal::Misplaced {
-                id: id.clone(),
-                key: "interval, timeout",
-                with: "an error policy that does not retry",
-                next: "write read = \"retry\" or write = \"retry\", or leave them out",
-            });
-        }
-        Ok(())
-    }
-
-    /// What it needs of the host: the top of its chain for itself, every layer below to read.
-    pub(crate) fn needs(&self, chain: &[Layer]) -> Vec<HostNeed> {
-        let access = |depth| if depth == 0 && !self.is_read_only() { Access::Write } else { Access::Read };
-        let image = |(depth, layer): (usize, &Layer)| HostNeed::Image {
-            path: layer.path.clone(),
-            access: access(depth),
-        };
-        chain.iter().enumerate().map(image).collect()
-    }
-
-    /// The disk as QEMU's objects: two nodes a layer, the bottom first, then the device. `top` is the generation of the uppermost layer.
-    pub(crate) fn lower(
-        &self,
-        id: &DeviceId,
-        address: &Address,
-        controller: Option<&DeviceId>,
-        chain: &[Layer],
-        top: Generation,
-    ) -> DeviceSpec {
-        let generation =
-            |depth: usize| Generation(top.0.saturating_sub(u32::try_from(depth).unwrap_or(u32::MAX)));
-        let mut backends = Vec::new();
-        for (depth, layer) in chain.iter().enumerate().rev() {
-            let below = (depth + 1 < chain.len()).then(|| id.format_node(generation(depth + 1)));
-            backends.push(self.file_node(id, layer, generation(depth)));
-            backends.push(self.format_node(id, layer, generation(depth), depth, below));
-        }
-        let node = (!chain.is_empty()).then(|| id.format_node(top));
-        let frontend = props(self.frontend(id, address, controller, node));
-        DeviceSpec { id: id.clone(), backends, frontend: Some(Frontend(frontend)) }
-    }
-
-    /// Without a mode QEMU's defaults stand, which are those of `writeback`: its monitor reads a byte at a time, so what need not be said
-    /// is not said.
-    fn cache_options(&self) -> Option<serde_json::Value> {
-        self.cache.map(|cache| json!({"direct": cache.direct(), "no-flush": cache.no_flush()}))
-    }
-
-    fn file_node(&self, id: &DeviceId, layer: &Layer, generation: Generation) -> Backend {
-        Backend::Blockdev(props(json!({
-            "driver": if layer.block_device { "host_device" } else { "file" },
-            "node-name": id.file_node(generation),
-            "filename": layer.path,
-            "aio": self.aio.map(Aio::word),
-            "cache": self.cache_options(),
-            // So that a commit can reopen a backing file for writing; the node above says who may write now.
-            "auto-read-only": true,
-            "discard": self.discard.map(Discard::word),
-        })))
-    }
-
-    fn format_node(
-        &self,
-        id: &DeviceId,
-        layer: &Layer,
-        generation: Generation,
-        depth: usize,
-        below: Option<String>,
-    ) -> Backend {
-        let mut node = props(json!({
-            "driver": layer.format.word(),
-            "node-name": id.format_node(generation),
-            "read-only": (depth > 0 || self.is_read_only()).then_some(true),
-            "cache": self.cache_options(),
-            "discard": self.discard.map(Discard::word),
-            "file": id.file_node(generation),
-        }));
-        if layer.format == Format::Qcow2 {
-            // Null at the bottom: without it QEMU would open what the header names, in a format it guesses.
-            node.insert("backing".to_owned(), below.map_or(serde_json::Value::Null, Into::into));
-        }
-        Backend::Blockdev(node)
-    }
-
-    fn frontend(
-        &self,
-        id: &DeviceId,
-        address: &Address,
-        controller: Option<&DeviceId>,
-        node: Option<String>,
-    ) -> serde_json::Value {
-        let errors = self.on_error.unwrap_or_default();
-        let (bus, addr, lun) = match address {
-            Address::Pci(seat) => (seat.bus().to_owned(), Some(seat.addr()), None),
-            Address::Scsi(a) => {
-                (controller.map(|c| format!("{c}.0")).unwrap_or_default(), None, Some((a.target, a.unit)))
-            }
-            Address::SerialPort { .. } | Address::Isa(_) => (String::new(), None, None),
-        };
-        let device_id = lun.map(|_| self.device_id.clone().unwrap_or_else(|| id.to_string()));
-        let write_cache = self.cache.filter(|_| !self.is_cdrom()).map(Cache::write_cache);
-        json!({
-            "driver": self.driver(),
-            "id": id.as_str(),
-            "bus": bus,
-            "addr": addr,
-            "channel": lun.map(|_| 0),
-            "scsi-id": lun.map(|(target, _)| target),
-            "lun": lun.map(|(_, unit)| unit),
-            "drive": node,
-            "device_id": device_id,
-            "serial": self.serial,
-            "write-cache": write_cache,
-            "num-queues": self.queues,
-            "iothread": self.iothread.as_ref().map(DeviceId::as_str),
-            "bootindex": self.bootindex,
-            "rerror": errors.read.map(ErrorPolicy::word),
-            "werror": errors.write.map(ErrorPolicy::word),
-            "retry_interval": errors.interval.map(Millis::as_millis),
-            "retry_timeout": errors.timeout.map(Millis::as_millis),
-        })
     }
 }

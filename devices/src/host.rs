@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::{Aio, Discard};
+use crate::retry::Retry;
 use crate::text::words;
 use crate::units::Mac;
 
@@ -79,6 +81,34 @@ pub enum HostNeed {
         /// Absolute path.
         path: String,
     },
+    /// A process that serves a disk's image to QEMU.
+    IoProxy(IoProxy),
+}
+
+/// A process that opens a disk's image in QEMU's place, serves it over NBD, and retries what fails.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoProxy {
+    /// The socket that QEMU connects to; the export is named after the device.
+    pub socket: String,
+    /// The socket that the owner connects to.
+    pub control: String,
+    /// Absolute path of the chain's top.
+    pub image: String,
+    /// Whether it is a block device and not a file.
+    pub block_device: bool,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+    /// Whether the format above writes past the image's end, as qcow2 in a file does. QEMU never grows what it reaches over NBD, so
+    /// such an export has to be larger than the file from the start.
+    pub grows: bool,
+    /// Whether the host's cache is bypassed (O_DIRECT).
+    pub direct: bool,
+    /// How the host's I/O is done.
+    pub aio: Aio,
+    /// What becomes of a discard.
+    pub discard: Discard,
+    /// What it retries, and how long.
+    pub retry: Retry,
 }
 
 /// A bridge of the host.

@@ -49,6 +49,16 @@ impl DeviceId {
         format!("{}-{}-file", self.0, generation.0)
     }
 
+    /// The socket on which a disk's proxy serves its image to QEMU.
+    pub(crate) fn io_socket(&self, run_dir: &str) -> String {
+        format!("{run_dir}/{}-io.sock", self.0)
+    }
+
+    /// The socket on which a disk's proxy obeys its owner.
+    pub(crate) fn io_control(&self, run_dir: &str) -> String {
+        format!("{run_dir}/{}-io-control.sock", self.0)
+    }
+
     /// The device and generation that a node-name was made of, if it is one of ours.
     pub fn of_node(node: &str) -> Option<(DeviceId, Generation)> {
         let stem = node.strip_suffix("-format").or_else(|| node.strip_suffix("-file"))?;

@@ -4,6 +4,7 @@
 //! the plan keeps the new layout, and calls [`Layout::remove`] if it could not be carried out.
 
 mod check;
+mod medium;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,15 +12,17 @@ use serde::{Deserialize, Serialize};
 
 pub use check::check_spec;
 use check::{check, hot_pluggable, needs, seat};
+pub use medium::NewMedium;
 
 use crate::address::Address;
 use crate::capabilities::Capabilities;
 use crate::controller::{ScsiControllerConfig, VirtioSerialConfig};
 use crate::device::DeviceConfig;
-use crate::disk::DiskConfig;
+use crate::disk::{DiskConfig, Storage};
 use crate::host::{HostFacts, HostNeed, Layer};
 use crate::id::{DeviceId, Generation, Label};
 use crate::refusal::Refusal;
+use crate::retry::{Policies, Retry};
 use crate::spec::{Backend, DeviceSpec};
 use crate::topology::{Moment, Seat, Topology, TopologyError};
 use crate::units::Mac;
@@ -42,6 +45,9 @@ pub struct Placed {
     pub needs: Vec<HostNeed>,
     /// Whether qvirt made it for another device's sake.
     pub on_demand: bool,
+    /// How a disk retries.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry: Option<Retry>,
 }
 
 /// A device and what had to be added for it, in the order in which they are made.
@@ -250,7 +256,8 @@ impl Layout {
             hot_pluggable(&id, &config)?;
         }
         self.check_shared(&id, &config)?;
-        let chain = check(&id, &config, self.shared_memory, host, qemu)?;
+        let about = (self.shared_memory, self.is_threaded(&config));
+        let storage = check(&id, &config, about, host, qemu)?;
         self.assign(&id, &mut config)?;
         let seat = seat(&config);
         if let Some(seat) = &seat {
@@ -259,13 +266,24 @@ impl Layout {
         let claimed = seat.map(|seat| self.topology.claim(&id, &seat, moment)).transpose();
         let address = claimed.map_err(|source| Refusal::Seat { id: id.clone(), source })?;
         let index = self.add_controller(&id, &config)?;
-        let spec = self.lower(&id, &config, address.as_ref(), &chain, host);
+        let spec = self.lower(&id, &config, address.as_ref(), &storage, host);
         check_spec(&spec, qemu)?;
-        let needs = needs(&self.vm, &id, &config, &chain, host);
-        let placed = Placed { id: id.clone(), config, address, index, spec, needs, on_demand };
+        let needs = needs(&self.vm, &id, &config, &storage, host);
+        let retry = storage.retry;
+        let placed = Placed { id: id.clone(), config, address, index, spec, needs, on_demand, retry };
         self.note_generation(&placed);
         self.devices.push(placed);
         Ok(id)
+    }
+
+    /// Whether an iothread does the I/O of a disk: its own, or that of its controller.
+    fn is_threaded(&self, config: &DeviceConfig) -> bool {
+        let DeviceConfig::Disk(disk) = config else { return false };
+        let Seat::Scsi { controller, target, unit } = disk.seat() else { return disk.iothread.is_some() };
+        let lun = self.topology.lun(controller, target, unit);
+        let controller = lun.ok().and_then(|lun| self.topology.scsi_controller(lun.controller));
+        let placed = controller.and_then(|id| self.device(id.as_str()));
+        placed.is_some_and(|placed| placed.config.iothread().is_some())
     }
 
     /// What must be unique in the machine, and what must be there.
@@ -402,7 +420,7 @@ impl Layout {
         id: &DeviceId,
         config: &DeviceConfig,
         address: Option<&Address>,
-        chain: &[Layer],
+        storage: &Storage,
         host: &HostFacts,
     ) -> DeviceSpec {
         let controller = address.and_then(|address| match address {
@@ -412,7 +430,8 @@ impl Layout {
         });
         match (config, address) {
             (DeviceConfig::Disk(disk), Some(address)) => {
-                disk.lower(id, address, controller, chain, self.top_generation(id, chain))
+                let top = self.top_generation(id, &storage.chain);
+                disk.lower(id, address, controller, storage, top, &host.run_dir)
             }
             (DeviceConfig::Nic(nic), Some(address)) => nic.lower(&self.vm, id, address),
             (DeviceConfig::Serial(serial), Some(address)) => serial.lower(id, address, controller),
@@ -460,6 +479,14 @@ impl Placed {
     pub fn label(&self) -> Option<&Label> {
         match &self.config {
             DeviceConfig::Disk(disk) => disk.target.as_ref(),
+            _ => None,
+        }
+    }
+
+    /// What a disk does at an error.
+    pub fn policies(&self) -> Option<Policies> {
+        match &self.config {
+            DeviceConfig::Disk(disk) => Some(disk.on_error.unwrap_or_default().policies()),
             _ => None,
         }
     }

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //!  DeviceConfig --plan--> Placed { address, spec, needs } --argv--> -blockdev ... -device ...
-//!   disk nic port            |                            --calls-> blockdev-add ... device_add ...
+//!   disk retry nic port      |                            --calls-> blockdev-add ... device_add ...
 //!   controller           Layout: Topology (seats), labels, MAC addresses, generations
 //! ```
 //!
@@ -29,6 +29,7 @@ pub mod nic;
 pub mod pcie;
 pub mod port;
 pub mod refusal;
+pub mod retry;
 pub mod spec;
 pub mod text;
 pub mod topology;

@@ -38,9 +38,10 @@ macro_rules! by_text {
 }
 
 /// An enum whose values are words: `FromStr`, `Display`, serde, and the list of all values in the error.
-/// Words after the first of a value are accepted spellings; the first is the one that is printed.
+/// Words after the first of a value are accepted spellings; the first is the one that is printed. A text after the values says why there
+/// are no others.
 macro_rules! words {
-    ($(#[$meta:meta])* $type:ident, $what:literal { $($(#[$vmeta:meta])* $value:ident = $word:literal $(| $alias:literal)*),+ $(,)? }) => {
+    ($(#[$meta:meta])* $type:ident, $what:literal { $($(#[$vmeta:meta])* $value:ident = $word:literal $(| $alias:literal)*),+ $(,)? } $($why:literal)?) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum $type { $($(#[$vmeta])* $value),+ }
@@ -60,7 +61,10 @@ macro_rules! words {
             fn from_str(text: &str) -> Result<Self, Self::Err> {
                 match text {
                     $($word $(| $alias)* => Ok($type::$value),)+
-                    _ => Err(crate::text::TextError::new($what, text, concat!("one of", $(" `", $word, "`"),+))),
+                    _ => {
+                        let rule = concat!("one of", $(" `", $word, "`"),+ $(, "; ", $why)?);
+                        Err(crate::text::TextError::new($what, text, rule))
+                    }
                 }
             }
         }

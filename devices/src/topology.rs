@@ -408,7 +408,7 @@ impl Topology {
         Ok(id)
     }
 
-    fn lun(
+    pub(crate) fn lun(
         &self,
         controller: Option<u8>,
         target: Option<u8>,

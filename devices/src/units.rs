@@ -57,6 +57,11 @@ pub struct Millis(u64);
 impl Millis {
     const UNITS: [(&'static str, u64); 4] = [("ms", 1), ("s", 1000), ("m", 60_000), ("h", 3_600_000)];
 
+    /// From milliseconds.
+    pub const fn new(millis: u64) -> Millis {
+        Millis(millis)
+    }
+
     /// In milliseconds.
     pub const fn as_millis(self) -> u64 {
         self.0

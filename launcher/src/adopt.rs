@@ -7,15 +7,17 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use devices::host::HostNeed;
 use devices::{DeviceId, Layout, Placed};
 use serde_json::json;
 use thiserror::Error;
 use tracing::{info, warn};
 
 use crate::folders::{Folders, FoldersError, VmFiles, VmName};
+use crate::host::io_proxy;
 use crate::host::need::Host;
 use crate::journal::{self, Journal, JournalError};
-use crate::launch::{Cause, Unfinished, clear_up, connect, end, log_file, same_uuid};
+use crate::launch::{Cause, Unfinished, clear_up, connect, end, held_words, images, log_file, same_uuid};
 use crate::lease::{LeaseError, Leases};
 use crate::locks::{LockError, OfdLock, probe};
 use crate::owner::Born;
@@ -67,6 +69,8 @@ pub enum AdoptError {
         #[source]
         cause: Cause,
     },
+    #[error("{words}")]
+    Held { words: String },
     #[error("VM {vm} ended while it was adopted: `qvirt recover {vm}` clears up")]
     Ended { vm: VmName },
     #[error(transparent)]
@@ -102,11 +106,16 @@ pub async fn adopt(folders: &Folders, vm: &VmName) -> Result<(Born, bool), Adopt
     }
     let process = process_of(vm, &files, memory.identity.as_ref())?;
     let failed = |cause| AdoptError::Qemu { vm: vm.clone(), cause };
+    let host = Arc::new(Host {
+        vm: vm.clone(),
+        run_dir: files.dir().to_owned(),
+        state_dir: folders.state_dir(vm),
+        leases: Leases::open(&folders.leases)?,
+    });
+    park_proxies(&host, &memory).await;
     let (qmp, events) = connect(&files.qmp(), &process).await.map_err(failed)?;
     same_uuid(&qmp, &launch.machine.uuid).await.map_err(failed)?;
-    let host =
-        Host { vm: vm.clone(), run_dir: files.dir().to_owned(), leases: Leases::open(&folders.leases)? };
-    let mut shop = Workshop { journal, host: Arc::new(host), qmp };
+    let mut shop = Workshop { journal, host, qmp };
     if memory.identity.is_none() {
         shop.note(&Entry::Started(process.identity().clone()));
     }
@@ -139,6 +148,26 @@ pub async fn adopt(folders: &Folders, vm: &VmName) -> Result<(Born, bool), Adopt
     ))
 }
 
+/// Starts the proxies that died meanwhile, and makes all of them give back what they hold: QEMU would not answer if it drains. They hold again
+/// when the owner has looked at the disks.
+async fn park_proxies(host: &Arc<Host>, memory: &Memory) {
+    let stands = |(device, stage): &&(Placed, Stage)| *stage != Stage::Arriving && device.retry.is_some();
+    for (device, _) in memory.devices.iter().filter(stands) {
+        for need in &device.needs {
+            let HostNeed::IoProxy(plan) = need else { continue };
+            let (host, id, need, plan) = (Arc::clone(host), device.id.clone(), need.clone(), plan.clone());
+            let parking = tokio::task::spawn_blocking(move || {
+                host.meet(&id, &need).map_err(|error| crate::request::chain(&error))?;
+                io_proxy::park(&plan).map_err(|error| error.to_string())
+            });
+            let outcome = parking.await.map_err(|error| error.to_string());
+            if let Err(error) = outcome.and_then(|parked| parked) {
+                warn!(device = %device.id, error, "its io-proxy cannot be told to let go");
+            }
+        }
+    }
+}
+
 /// Compares the journal with QEMU, finishes or undoes what was interrupted.
 async fn settle(
     shop: &mut Workshop,
@@ -150,12 +179,20 @@ async fn settle(
     for device in memory.gone.values() {
         layout.remember(device);
     }
-    for (device, stage) in &memory.devices {
+    let mut devices = memory.devices.clone();
+    for (device, _) in &mut devices {
+        if let Some(wanted) = memory.media.get(&device.id) {
+            info!(device = %device.id, "a change of its medium was interrupted");
+            layout.note_medium(wanted);
+            *device = shop.settle_medium(device, wanted).await.unwrap_or_else(|| device.clone());
+        }
+    }
+    for (device, stage) in &devices {
         layout.restore(device.clone())?;
         stages.insert(device.id.clone(), *stage);
     }
     // Backwards: what stands on a controller goes before the controller.
-    for (device, stage) in memory.devices.iter().rev() {
+    for (device, stage) in devices.iter().rev() {
         let exists = device.spec.frontend.is_none() || there.iter().any(|id| id == device.id.as_str());
         // Before the launch was finished, all devices stand on the command line.
         let stage = if memory.live { *stage } else { Stage::Present };
@@ -224,8 +261,12 @@ pub fn recover(folders: &Folders, vm: &VmName) -> Result<Vec<String>, AdoptError
         journal::read_only::<Entry>(&files.journal())?.map(|(_, entries)| entries).unwrap_or_default();
     let devices: Vec<Placed> = Memory::of(entries).devices.into_iter().map(|(device, _)| device).collect();
     let ids = devices.iter().map(|d| d.id.to_string()).collect();
-    let host =
-        Host { vm: vm.clone(), run_dir: files.dir().to_owned(), leases: Leases::open(&folders.leases)? };
+    let host = Host {
+        vm: vm.clone(),
+        run_dir: files.dir().to_owned(),
+        state_dir: folders.state_dir(vm),
+        leases: Leases::open(&folders.leases)?,
+    };
     clear_up(&host, devices.into_iter(), files.dir())?;
     info!(%vm, "recovered");
     Ok(ids)
@@ -245,6 +286,9 @@ pub async fn end_qemu(folders: &Folders, vm: &VmName) -> Result<(), AdoptError> 
         .unwrap_or_default();
     let process = process_of(vm, &files, memory.identity.as_ref())?;
     info!(%vm, pid = process.pid(), "ending QEMU");
-    end(&process).await;
-    Ok(())
+    if end(&process).await {
+        return Ok(());
+    }
+    let devices: Vec<Placed> = memory.devices.into_iter().map(|(device, _)| device).collect();
+    Err(AdoptError::Held { words: held_words(vm, images(&devices)) })
 }

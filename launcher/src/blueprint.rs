@@ -2,22 +2,22 @@
 //!
 //! Changes nothing on the host but the cache of what QEMU can do. `check` stops here; `launch` goes on.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use devices::Layout;
 use devices::capabilities::Capabilities;
-use devices::host::HostFacts;
+use devices::host::{Format, HostFacts};
 use devices::layout::{check_spec, plan_machine};
 use devices::machine::{Machine, MachineError, versioned};
 use devices::pcie::{RootPort, written_out};
 use devices::spec::Numbers;
 use devices::topology::Topology;
-use devices::{DeviceConfig, Layout};
 use thiserror::Error;
 
 use crate::accel::{self, Accel, AccelError};
 use crate::config::{ConfigError, VmConfig};
+use crate::examine::{Answer, Question, examine};
 use crate::folders::{Folders, FoldersError, VmFiles};
-use crate::image::{self, ImageError};
 use crate::probe::{ProbeError, probe};
 use crate::process::{SpawnError, find_binary};
 
@@ -77,10 +77,11 @@ impl Blueprint {
         let files = folders.vm(&config.name)?;
         let binary = find_binary(&config.qemu)?;
         let qemu = probe(&binary, &folders.cache).await?;
-        Blueprint::draw_for(config, binary, qemu, &accel::HostFacts::read(), &files)
+        let answers = examine(&questions(&config)).await;
+        Blueprint::plan(config, binary, qemu, &accel::HostFacts::read(), &files, answers)
     }
 
-    /// Plans a VM for a QEMU and a host that are known already.
+    /// Plans a VM for a QEMU and a host that are known already; looks at its images in this process.
     pub fn draw_for(
         config: VmConfig,
         binary: PathBuf,
@@ -88,12 +89,27 @@ impl Blueprint {
         host: &accel::HostFacts,
         files: &VmFiles,
     ) -> Result<Blueprint, BlueprintError> {
+        let answers = questions(&config).iter().map(Question::answer).collect();
+        Blueprint::plan(config, binary, qemu, host, files, answers)
+    }
+
+    fn plan(
+        config: VmConfig,
+        binary: PathBuf,
+        qemu: Capabilities,
+        host: &accel::HostFacts,
+        files: &VmFiles,
+        answers: Vec<Answer>,
+    ) -> Result<Blueprint, BlueprintError> {
         let (accel, accel_reason) = accel::choose(config.accel, host)
             .map_err(|source| BlueprintError::Accel { path: config.path.clone(), source })?;
         let machine = machine(&config, accel, &qemu);
         let machine =
             machine.map_err(|source| BlueprintError::Machine { path: config.path.clone(), source })?;
-        let facts = facts_of(&config, files)?;
+        if let Some(notify) = &config.notify {
+            notify.check().map_err(|why| config.at_notify(why))?;
+        }
+        let facts = facts_of(&config, files, answers)?;
         let layout = layout(&config, machine.shares_memory(), &facts, &qemu)?;
         let accel_reason = format!("{}: {accel_reason}", machine.accel);
         Ok(Blueprint { config, binary, qemu, machine, layout, accel_reason })
@@ -115,35 +131,37 @@ impl Blueprint {
     }
 }
 
-/// What planning needs to know of the host about one device.
-pub fn facts(device: &DeviceConfig, run_dir: &Path) -> Result<HostFacts, ImageError> {
-    let mut facts = HostFacts { run_dir: run_dir.to_string_lossy().into_owned(), ..HostFacts::default() };
-    add_facts(&mut facts, device)?;
-    Ok(facts)
+/// All that is to be looked at before a config is planned: images of devices, firmware, kernel files.
+fn questions(config: &VmConfig) -> Vec<Question> {
+    let devices = config.devices.iter().filter_map(Question::of);
+    let firmware = firmware(config).map(|path| Question::Image(path.clone(), Some(Format::Raw)));
+    devices.chain(firmware).chain(kernel(config).map(|path| Question::File(path.clone()))).collect()
 }
 
-fn add_facts(facts: &mut HostFacts, device: &DeviceConfig) -> Result<(), ImageError> {
-    if let DeviceConfig::Disk(disk) = device
-        && let Some(path) = &disk.path
-        && path.starts_with('/')
-        && !path.chars().any(char::is_control)
-    {
-        facts.chains.insert(path.clone(), image::chain(path, disk.format)?);
-    }
-    Ok(())
+fn firmware(config: &VmConfig) -> impl Iterator<Item = &String> {
+    config.firmware.iter().flat_map(|f| [Some(&f.code), f.vars.as_ref()]).flatten()
 }
 
-fn facts_of(config: &VmConfig, files: &VmFiles) -> Result<HostFacts, ConfigError> {
+fn kernel(config: &VmConfig) -> impl Iterator<Item = &String> {
+    config.kernel.iter().flat_map(|k| [Some(&k.path), k.initrd.as_ref()]).flatten()
+}
+
+/// What was found out, in the order of [`questions`].
+fn facts_of(config: &VmConfig, files: &VmFiles, answers: Vec<Answer>) -> Result<HostFacts, ConfigError> {
     let mut facts = HostFacts { run_dir: files.dir().to_string_lossy().into_owned(), ..HostFacts::default() };
+    let mut answers = answers.into_iter();
+    let mut next = || answers.next().unwrap_or_else(|| Err("it was not looked at: try again".to_owned()));
     for (index, device) in config.devices.iter().enumerate() {
-        add_facts(&mut facts, device).map_err(|error| config.at_device(index, error))?;
+        if let Some(question) = Question::of(device) {
+            let layers = next().map_err(|error| config.at_device(index, error))?;
+            facts.chains.insert(question.path().to_owned(), layers);
+        }
     }
-    for path in config.firmware.iter().flat_map(|f| [Some(&f.code), f.vars.as_ref()]).flatten() {
-        image::chain(path, Some(devices::host::Format::Raw))
-            .map_err(|error| config.at_top(format!("firmware: {error}")))?;
+    for _ in firmware(config) {
+        next().map_err(|error| config.at_top(format!("firmware: {error}")))?;
     }
-    for path in config.kernel.iter().flat_map(|k| [Some(&k.path), k.initrd.as_ref()]).flatten() {
-        std::fs::File::open(path).map_err(|error| {
+    for path in kernel(config) {
+        next().map_err(|error| {
             config.at_top(format!(
                 "kernel file {path} cannot be opened: {error}; check `path` and `initrd` of [kernel]"
             ))

@@ -19,6 +19,7 @@ use toml::Spanned;
 
 use crate::accel::Accel;
 use crate::folders::VmName;
+use crate::notify::Notify;
 
 /// A config that cannot be used.
 #[derive(Debug, Error)]
@@ -86,6 +87,7 @@ struct VmFile {
     firmware: Option<Firmware>,
     kernel: Option<Kernel>,
     pcie: Option<PcieConfig>,
+    notify: Option<Spanned<Notify>>,
     #[serde(default)]
     pcie_controller: Vec<Spanned<ControllerConfig>>,
     #[serde(default)]
@@ -179,10 +181,13 @@ pub struct VmConfig {
     pub kernel: Option<Kernel>,
     /// Table `[pcie]`.
     pub pcie: PcieConfig,
+    /// What is run when the storage of a disk fails.
+    pub notify: Option<Notify>,
     /// Controllers written out, if any.
     pub controllers: Vec<ControllerConfig>,
     /// Devices in the order of their kinds, then of the file.
     pub devices: Vec<DeviceConfig>,
+    notify_line: Option<usize>,
     controller_lines: Vec<usize>,
     device_lines: Vec<usize>,
 }
@@ -242,6 +247,8 @@ impl VmConfig {
             firmware: file.firmware,
             kernel: file.kernel,
             pcie: file.pcie.unwrap_or_default(),
+            notify_line: file.notify.as_ref().map(|notify| line(notify.span().start)),
+            notify: file.notify.map(Spanned::into_inner),
             controller_lines: file.pcie_controller.iter().map(|c| line(c.span().start)).collect(),
             controllers: file.pcie_controller.into_iter().map(Spanned::into_inner).collect(),
             devices,
@@ -280,6 +287,11 @@ impl VmConfig {
     /// An error at the line of controller number `index`.
     pub fn at_controller(&self, index: usize, message: impl ToString) -> ConfigError {
         self.at(self.controller_lines.get(index), message)
+    }
+
+    /// An error at the line of `notify`.
+    pub fn at_notify(&self, message: impl ToString) -> ConfigError {
+        self.at(self.notify_line.as_ref(), message)
     }
 
     /// An error of the file as a whole.

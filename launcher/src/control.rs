@@ -24,6 +24,7 @@ use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use crate::policy::{self, Verdict};
+use crate::refuse::Asked;
 use crate::request::{COMMANDS, Class, Failure, Request};
 use crate::status::Status;
 
@@ -271,12 +272,8 @@ impl Client {
         if name.starts_with("qvirt-")
             && let Some(request) = Request::parse(&name, parsed())
         {
-            return Box::pin(async move {
-                match ask(&shared.requests, request).await {
-                    Ok(value) => success(id.as_deref(), &value.to_string()),
-                    Err(reason) => failure(id.as_deref(), &reason),
-                }
-            });
+            let refusal = request.as_ref().ok().and_then(|r| shared.status.borrow().refuse(Asked::Ours(r)));
+            return own(shared.requests, refusal.map_or(request, Err), id);
         }
         let verdict = policy::judge(
             &name,
@@ -287,11 +284,22 @@ impl Client {
             Ok(verdict) => verdict,
             Err(reason) => return ready(failure(id.as_deref(), &reason)),
         };
+        if name == "system_reset" {
+            return own(shared.requests, Ok(Request::Reset), id);
+        }
         let arguments = match self.with_own_descriptors(&name, &parsed) {
             Some(changed) => serde_json::value::to_raw_value(&changed).ok(),
             None => arguments,
         };
+        let standstill = match name.as_str() {
+            "stop" => Some(true),
+            "cont" => Some(false),
+            _ => None,
+        };
         Box::pin(async move {
+            if let Some(wanted) = standstill {
+                let _ = ask(&shared.requests, Ok(Request::Standstill(wanted))).await;
+            }
             let reply = pass(&shared.qmp, &name, arguments.as_deref(), fds).await;
             if verdict == Verdict::Change {
                 let (sender, _) = oneshot::channel();
@@ -343,6 +351,20 @@ impl Client {
             _ => None,
         }
     }
+}
+
+/// Answers a command by asking the owner.
+fn own(
+    requests: mpsc::Sender<Envelope>,
+    request: Result<Request, Failure>,
+    id: Option<Box<RawValue>>,
+) -> Answer {
+    Box::pin(async move {
+        match ask(&requests, request).await {
+            Ok(value) => success(id.as_deref(), &value.to_string()),
+            Err(reason) => failure(id.as_deref(), &reason),
+        }
+    })
 }
 
 /// Asks the owner; that it ended meanwhile is an answer too.

@@ -1,5 +1,6 @@
 //! Changing a stored VM file: devices added and removed as text, comments and order kept.
 
+use devices::host::Format;
 use devices::{DeviceConfig, DeviceId};
 use serde::Serialize;
 use thiserror::Error;
@@ -37,6 +38,25 @@ pub fn remove(text: &str, table: &'static str, index: usize) -> Result<String, E
     list.remove(index);
     if list.is_empty() {
         document.remove(table);
+    }
+    Ok(document.to_string())
+}
+
+/// Gives the drive at a place of the list of disks another medium, or none.
+pub fn set_medium(
+    text: &str,
+    index: usize,
+    medium: Option<(&str, Option<Format>)>,
+) -> Result<String, EditError> {
+    let mut document: DocumentMut = text.parse()?;
+    let disks = document.get_mut("disk").and_then(Item::as_array_of_tables_mut);
+    let drive = disks.and_then(|disks| disks.get_mut(index)).ok_or(EditError::NoList("disk"))?;
+    let format = medium.and_then(|(_, format)| format).map(|format| format.to_string());
+    for (key, wanted) in [("path", medium.map(|(path, _)| path)), ("format", format.as_deref())] {
+        match wanted {
+            Some(wanted) => drop(drive.insert(key, toml_edit::value(wanted))),
+            None => drop(drive.remove(key)),
+        }
     }
     Ok(document.to_string())
 }

@@ -2,9 +2,9 @@
 //!
 //! Reads headers only, takes no lock and guesses no format: a layer's format comes from the config or from the overlay's header.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use devices::host::{Format, Layer};
@@ -16,6 +16,14 @@ pub enum ImageError {
     /// It cannot be opened.
     #[error("image {} cannot be opened: {source}; check its path, and the rights on it of whoever runs qvirt", path.display())]
     Open {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Its storage is out of order.
+    #[error("image {}: reading it failed: {source}; repair its storage, then try again", path.display())]
+    Read {
         /// The image.
         path: PathBuf,
         /// Why.
@@ -96,7 +104,9 @@ fn layer(
     above: &[Layer],
 ) -> Result<(Layer, Option<(String, Format)>), ImageError> {
     let (file, block_device) = open(Path::new(path))?;
-    let magic = read_at(&file, 0, 4).map_err(|source| open_error(path, source))? == MAGIC;
+    read_storage(Path::new(path)).map_err(|source| ImageError::Read { path: path.into(), source })?;
+    let magic =
+        read_at(&file, 0, 4).map_err(|source| ImageError::Read { path: path.into(), source })? == MAGIC;
     if format.is_none() && magic {
         return Err(ImageError::Unsaid { path: path.into() });
     }
@@ -111,10 +121,6 @@ fn layer(
     Ok((Layer { path: path.to_owned(), format, block_device }, backing))
 }
 
-fn open_error(path: &str, source: io::Error) -> ImageError {
-    ImageError::Open { path: path.into(), source }
-}
-
 fn open(path: &Path) -> Result<(File, bool), ImageError> {
     let failed = |source| ImageError::Open { path: path.to_owned(), source };
     let kind = std::fs::metadata(path).map_err(failed)?.file_type();
@@ -122,6 +128,23 @@ fn open(path: &Path) -> Result<(File, bool), ImageError> {
         return Err(ImageError::Kind { path: path.to_owned() });
     }
     Ok((File::open(path).map_err(failed)?, kind.is_block_device()))
+}
+
+/// Size and alignment of a direct read that every block device takes.
+const BLOCK: usize = 4096;
+
+/// Reads the first block past the host's cache, which may have it from better times; through the cache where a file system has no direct I/O.
+pub fn read_storage(path: &Path) -> io::Result<()> {
+    let read = |flags| {
+        let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+        let mut memory = vec![0; 2 * BLOCK];
+        let start = memory.as_ptr().align_offset(BLOCK);
+        file.read_at(&mut memory[start..start + BLOCK], 0)
+    };
+    match read(libc::O_DIRECT) {
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => read(0).map(drop),
+        outcome => outcome.map(drop),
+    }
 }
 
 /// As many bytes as there are, up to `length`.
@@ -146,7 +169,7 @@ const MAX_NAME: u32 = 1023;
 
 /// The backing file and its format, from the header.
 fn backing(file: &File, path: &Path) -> Result<Option<(String, Format)>, ImageError> {
-    let failed = |source| ImageError::Open { path: path.to_owned(), source };
+    let failed = |source| ImageError::Read { path: path.to_owned(), source };
     let not_qcow2 = |reason: &str| ImageError::NotQcow2 { path: path.to_owned(), reason: reason.to_owned() };
     let header = read_at(file, 0, 104).map_err(failed)?;
     if header.len() < 72 || &header[..4] != MAGIC {

@@ -22,6 +22,7 @@ use tracing::{info, warn};
 use crate::blueprint::Blueprint;
 use crate::folders::{Folders, FoldersError, VmFiles, VmName, make_private};
 use crate::host::need::{Host, NeedError};
+use crate::host::pages::{self, PagesError};
 use crate::injection::{Injected, Steps};
 use crate::journal::{Journal, JournalError};
 use crate::lease::{LeaseError, Leases};
@@ -50,6 +51,8 @@ pub enum Cause {
     Journal(#[from] JournalError),
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    #[error(transparent)]
+    Pages(#[from] PagesError),
     #[error("device {id}: {}", crate::request::chain(.source))]
     Need { id: DeviceId, source: NeedError },
     #[error("QMP listener {}: {source}", path.display())]
@@ -178,6 +181,7 @@ impl Launching<'_> {
         let host = Host {
             vm: vm.clone(),
             run_dir: self.files.dir().to_owned(),
+            state_dir: folders.state_dir(vm),
             leases: Leases::open(&folders.leases)?,
         };
         self.host = Some(Arc::new(host));
@@ -247,6 +251,7 @@ impl Launching<'_> {
 
     /// Journals every device, then meets its needs; gives the descriptors that QEMU is to inherit.
     fn prepare(&mut self, blueprint: &Blueprint) -> Result<BTreeMap<String, OwnedFd>, Cause> {
+        pages::check(&blueprint.config.memory)?;
         let mut descriptors = BTreeMap::new();
         self.steps.enter("firmware")?;
         let firmware: DeviceId = "firmware".parse().expect("a good id");
@@ -281,8 +286,12 @@ impl Launching<'_> {
 
     /// Kills, reaps and undoes. Without the owner lock there is nothing of ours.
     async fn undo(&mut self) {
-        if let Some(process) = self.process.take() {
-            end(&process).await;
+        if let Some(process) = self.process.take()
+            && !end(&process).await
+        {
+            // It has everything still, and is a VM without an owner.
+            warn!("{}", held_words(self.vm, std::iter::empty()));
+            return;
         }
         // Without the locks the folder is another's: of an owner, or of a QEMU without one.
         let Some(_owner) = self.owner_lock.take() else {
@@ -312,20 +321,34 @@ pub fn images(devices: &[Placed]) -> impl Iterator<Item = &str> {
     needs.filter_map(|need| if let HostNeed::Image { path, .. } = need { Some(path.as_str()) } else { None })
 }
 
-/// Ends QEMU: SIGTERM so that it flushes, then SIGKILL.
-pub async fn end(process: &Process) {
+/// How long QEMU has to flush and end on SIGTERM before SIGKILL.
+pub const GRACE: Duration = Duration::from_millis(1200);
+/// How long after the first signal it is said to be held by the kernel.
+pub const HELD: Duration = Duration::from_millis(1800);
+
+/// Ends QEMU: SIGTERM so that it flushes, then SIGKILL. `false` if it is still there: a task of it is in uninterruptible I/O, and ends with that.
+pub async fn end(process: &Process) -> bool {
     let _ = process.signal(Signal::SIGTERM);
-    if tokio::time::timeout(Duration::from_secs(5), process.exited()).await.is_ok() {
-        return;
+    if tokio::time::timeout(GRACE, process.exited()).await.is_ok() {
+        return true;
     }
-    match process.kill(Duration::from_secs(5)).await {
-        Ok(Some(_)) => {}
-        Ok(None) => warn!(
-            pid = process.pid(),
-            "QEMU does not end: a task of it is in uninterruptible I/O and ends with that"
-        ),
-        Err(error) => warn!(%error, "QEMU could not be killed"),
+    match process.kill(HELD.saturating_sub(GRACE)).await {
+        Ok(exit) => exit.is_some(),
+        Err(error) => {
+            warn!(%error, "QEMU could not be killed");
+            false
+        }
     }
+}
+
+/// What is said of a QEMU that was killed and does not go, having these images open.
+pub fn held_words<'a>(vm: &VmName, images: impl Iterator<Item = &'a str>) -> String {
+    let images: Vec<&str> = images.collect();
+    let storage = if images.is_empty() { String::new() } else { format!(" in I/O on {}", images.join(", ")) };
+    format!(
+        "VM {vm}: killed, still held by the kernel{storage}: it ends when its storage answers, and keeps its leases until then; \
+         `qvirt list` shows it"
+    )
 }
 
 /// Something of the host could not be given back. The runtime folder and its journal stay, so that it can be tried again.
@@ -440,5 +463,6 @@ fn record(blueprint: &Blueprint, argv: Vec<String>, paused: bool) -> Launch {
         argv,
         accel_reason: blueprint.accel_reason.clone(),
         paused,
+        notify: blueprint.config.notify.clone(),
     }
 }

@@ -247,9 +247,26 @@ impl Leases {
     /// # Errors
     /// A lease cannot be read or stored; those before it are released.
     pub fn release_device(&self, vm: &VmName, run_dir: &Path, device: &str) -> Result<(), LeaseError> {
+        self.release_device_but(vm, run_dir, device, &[])
+    }
+
+    /// Gives up everything that a device holds but for what it has by these paths.
+    ///
+    /// # Errors
+    /// As [`Leases::release`].
+    pub fn release_device_but(
+        &self,
+        vm: &VmName,
+        run_dir: &Path,
+        device: &str,
+        paths: &[&str],
+    ) -> Result<(), LeaseError> {
         let _lock = self.lock()?;
         for (_, lease) in self.leases(is_own)? {
-            self.keep(lease, |held| !held.is(vm, run_dir) || held.device != device)?;
+            let goes = |held: &Holder| {
+                held.is(vm, run_dir) && held.device == device && !paths.contains(&held.path.as_str())
+            };
+            self.keep(lease, |held| !goes(held))?;
         }
         Ok(())
     }

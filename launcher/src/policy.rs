@@ -1,9 +1,11 @@
 //! Which raw QMP commands pass. Queries pass. Others pass too, and the owner then asks QEMU what it has; but what qvirt made is changed
-//! by qvirt's commands alone, since behind it are seats, leases and a journal that QEMU does not know of.
+//! by qvirt's commands alone, since behind it are seats, leases and a journal that QEMU does not know of. What else is refused while the storage of
+//! a disk fails is said by [`crate::refuse`].
 
 use devices::DeviceId;
 use serde_json::Value;
 
+use crate::refuse::Asked;
 use crate::request::{Class, Failure};
 use crate::status::Status;
 
@@ -20,6 +22,9 @@ pub enum Verdict {
 pub fn judge(name: &str, arguments: &Value, status: &Status) -> Result<Verdict, Failure> {
     if is_query(name) {
         return Ok(Verdict::Query);
+    }
+    if let Some(failure) = status.refuse(Asked::Raw(name, arguments)) {
+        return Err(failure);
     }
     let refuse = |desc: String| Err(Failure::new(Class::Refused, desc));
     // `device_del` takes a path as well as an id.

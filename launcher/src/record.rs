@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::folders::{VmName, WriteError, write_volatile};
+use crate::notify::Notify;
 use crate::process::Identity;
 use crate::status::IoFault;
 
@@ -42,6 +43,9 @@ pub struct Launch {
     pub accel_reason: String,
     /// Whether the guest waits for `resume`.
     pub paused: bool,
+    /// What is run when the storage of a disk fails.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notify: Option<Notify>,
 }
 
 /// A record that cannot be used.
@@ -130,6 +134,10 @@ pub enum Entry {
         /// The stage.
         stage: Stage,
     },
+    /// A drive is about to get another medium: how it will be.
+    Medium(Box<Placed>),
+    /// A drive has the medium that it is to have: how it is.
+    Drive(Box<Placed>),
     /// A disk has failed: the last error, so that a later owner knows of it.
     Fault {
         /// The device.
@@ -155,6 +163,8 @@ pub struct Memory {
     pub devices: Vec<(Placed, Stage)>,
     /// Devices that came and went: their generations must not be used again.
     pub gone: BTreeMap<DeviceId, Placed>,
+    /// Drives as they will be, of which it is not known whether they are.
+    pub media: BTreeMap<DeviceId, Placed>,
     /// I/O errors of devices.
     pub faults: BTreeMap<DeviceId, IoFault>,
 }
@@ -178,9 +188,16 @@ impl Memory {
                 Entry::Stage { id, stage } => {
                     memory.devices.iter_mut().filter(|(d, _)| d.id == id).for_each(|(_, s)| *s = stage);
                 }
+                Entry::Medium(drive) => drop(memory.media.insert(drive.id.clone(), *drive)),
+                Entry::Drive(drive) => {
+                    memory.media.remove(&drive.id);
+                    let known = memory.devices.iter_mut().find(|(device, _)| device.id == drive.id);
+                    known.into_iter().for_each(|(device, _)| *device = (*drive).clone());
+                }
                 Entry::Fault { id, fault } => drop(memory.faults.insert(id, *fault)),
                 Entry::Gone { id } => {
                     memory.faults.remove(&id);
+                    memory.media.remove(&id);
                     let gone = memory.devices.extract_if(.., |(device, _)| device.id == id);
                     memory.gone.extend(gone.map(|(device, _)| (device.id.clone(), device)));
                 }
@@ -205,6 +222,7 @@ impl Memory {
             .chain(started)
             .chain(self.live.then_some(Entry::Live))
             .chain(stages)
+            .chain(self.media.values().map(|drive| Entry::Medium(Box::new(drive.clone()))))
             .chain(faults)
             .collect()
     }

@@ -1,6 +1,9 @@
 //! qvirt's own commands on the control socket, as values: parsed by the owner, sent by the CLI.
 
 use devices::DeviceConfig;
+use devices::host::Format;
+use devices::retry::AtTimeout;
+use devices::units::Millis;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
@@ -33,6 +36,23 @@ pub struct Attached {
     /// With `dry-run`: the commands.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub commands: Vec<Value>,
+}
+
+/// Arguments of `qvirt-media`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Media {
+    /// Id or target label of a CD-ROM drive.
+    pub id: String,
+    /// Absolute path of the image to insert; without one the drive is emptied.
+    #[serde(default)]
+    pub path: Option<String>,
+    /// Its format; default: raw.
+    #[serde(default)]
+    pub format: Option<Format>,
+    /// Whether a guest that has locked the drive is not asked.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// Arguments of `qvirt-detach`.
@@ -82,6 +102,47 @@ pub struct Shutdown {
     pub then_kill: bool,
 }
 
+/// Arguments of `qvirt-io-retry` and `qvirt-io-fail`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DiskName {
+    /// Id or target label.
+    pub id: String,
+}
+
+/// Arguments of `qvirt-io-set`: what is left out stays.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct IoSet {
+    /// Id or target label.
+    pub id: String,
+    /// Time between two retries.
+    #[serde(default)]
+    pub interval: Option<Millis>,
+    /// How long to retry; `0ms`: for ever.
+    #[serde(default)]
+    pub timeout: Option<Millis>,
+    /// What happens then.
+    #[serde(default)]
+    pub at_timeout: Option<AtTimeout>,
+}
+
+/// Arguments of `qvirt-drill`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Drill {
+    /// Id or target label.
+    pub id: String,
+    /// How long its storage is to fail.
+    pub fail_for_ms: u64,
+    /// Whether reads fail.
+    pub reads: bool,
+    /// Whether writes fail.
+    pub writes: bool,
+    /// Whether flushes fail.
+    pub flushes: bool,
+}
+
 /// A command of ours.
 #[derive(Clone, Debug)]
 pub enum Request {
@@ -89,12 +150,26 @@ pub enum Request {
     Attach(Box<Attach>),
     /// `qvirt-devices`: each device with its config, all that was assigned filled in.
     Devices,
+    /// `qvirt-media`
+    Media(Media),
     /// `qvirt-detach`
     Detach(Detach),
     /// `qvirt-shutdown`
     Shutdown(Shutdown),
     /// `qvirt-reboot`, with the arguments of a shutdown
     Reboot(Shutdown),
+    /// Raw `system_reset`
+    Reset,
+    /// Raw `stop` (true) or `cont` (false): whether somebody wants the VM to stand still; sent to itself before it is passed on.
+    Standstill(bool),
+    /// `qvirt-io-retry`
+    IoRetry(DiskName),
+    /// `qvirt-io-fail`
+    IoFail(DiskName),
+    /// `qvirt-io-set`
+    IoSet(IoSet),
+    /// `qvirt-drill`
+    Drill(Drill),
     /// `qvirt-kill`
     Kill,
     /// `qvirt-leave`: the owner ends, the VM runs on.
@@ -108,9 +183,14 @@ pub const COMMANDS: &[&str] = &[
     "qvirt-status",
     "qvirt-devices",
     "qvirt-attach",
+    "qvirt-media",
     "qvirt-detach",
     "qvirt-shutdown",
     "qvirt-reboot",
+    "qvirt-io-retry",
+    "qvirt-io-fail",
+    "qvirt-io-set",
+    "qvirt-drill",
     "qvirt-kill",
     "qvirt-leave",
     "qvirt-reconcile",
@@ -201,9 +281,14 @@ impl Request {
         Some(match name {
             "qvirt-attach" => arguments_of(name, arguments).map(|a| Request::Attach(Box::new(a))),
             "qvirt-devices" => Ok(Request::Devices),
+            "qvirt-media" => arguments_of(name, arguments).map(Request::Media),
             "qvirt-detach" => arguments_of(name, arguments).map(Request::Detach),
             "qvirt-shutdown" => arguments_of(name, arguments).map(Request::Shutdown),
             "qvirt-reboot" => arguments_of(name, arguments).map(Request::Reboot),
+            "qvirt-io-retry" => arguments_of(name, arguments).map(Request::IoRetry),
+            "qvirt-io-fail" => arguments_of(name, arguments).map(Request::IoFail),
+            "qvirt-io-set" => arguments_of(name, arguments).map(Request::IoSet),
+            "qvirt-drill" => arguments_of(name, arguments).map(Request::Drill),
             "qvirt-kill" => Ok(Request::Kill),
             "qvirt-leave" => Ok(Request::Leave),
             "qvirt-reconcile" => Ok(Request::Reconcile),

@@ -1,9 +1,11 @@
 //! What a VM is doing, as a value that anyone may read at any time: published by the owner, printed by the CLI, policy of requests.
 
+use devices::retry::{AtTimeout, Policies, Retry};
 use devices::topology::SeatCount;
 use serde::{Deserialize, Serialize};
 
 use crate::record::Stage;
+use crate::suspend::Counters;
 
 /// The run state of a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,6 +95,64 @@ pub struct IoFault {
     pub io_status: Option<String>,
 }
 
+/// Where a disk that retries stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IoState {
+    /// Its storage works.
+    Ok,
+    /// Its storage fails; the guest does not know.
+    Suspended,
+    /// Its storage failed for longer than the timeout.
+    TimedOut,
+    /// Its storage neither fails nor answers.
+    Hung,
+}
+
+impl std::fmt::Display for IoState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            IoState::Ok => "ok",
+            IoState::Suspended => "suspended",
+            IoState::TimedOut => "timed out",
+            IoState::Hung => "hangs",
+        })
+    }
+}
+
+/// An outage of a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoOutage {
+    /// Milliseconds since 1970, of the first failure.
+    pub since_unix_ms: u64,
+    /// How often it was tried again, in vain.
+    pub attempts: u64,
+    /// `read` or `write`, of the last failure that QEMU explained.
+    pub operation: String,
+    /// The system's words for it.
+    pub cause: String,
+    /// Whether the host had no space left.
+    pub nospace: bool,
+    /// What was done at the timeout, once it was reached.
+    pub at_timeout: Option<AtTimeout>,
+}
+
+/// A disk that retries.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoStatus {
+    /// Where it stands.
+    pub state: IoState,
+    /// How many of its requests wait in the owner, the guest running.
+    pub held: usize,
+    /// The outage, while there is one.
+    pub outage: Option<IoOutage>,
+    /// Whether a drill of it is under way, or not yet cleared up behind.
+    #[serde(default)]
+    pub drilled: bool,
+    /// What happened since the launch.
+    pub counters: Counters,
+}
+
 /// A device of the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStatus {
@@ -108,6 +168,15 @@ pub struct DeviceStatus {
     pub driver: Option<String>,
     /// What is behind it: an image, a bridge, a socket.
     pub backing: Option<String>,
+    /// Of a disk: all images that it reads, the top first.
+    #[serde(default)]
+    pub images: Vec<String>,
+    /// Of a disk: its capacity, as last seen.
+    #[serde(default)]
+    pub size_bytes: Option<u64>,
+    /// Whether nobody can look at the capacity now, its storage being out of order.
+    #[serde(default)]
+    pub size_stale: bool,
     /// Where it is in its life.
     pub stage: Stage,
     /// The pseudo terminal of a serial console.
@@ -116,6 +185,30 @@ pub struct DeviceStatus {
     pub on_demand: bool,
     /// Its last I/O error.
     pub fault: Option<IoFault>,
+    /// What a disk does at an error, QEMU's defaults filled in.
+    #[serde(default)]
+    pub policies: Option<Policies>,
+    /// How a disk retries, if it does, changes at run time included.
+    #[serde(default)]
+    pub on_error: Option<Retry>,
+    /// Of a disk that retries: where it stands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io: Option<IoStatus>,
+}
+
+impl DeviceStatus {
+    /// Its id, with its label.
+    pub fn name(&self) -> String {
+        match &self.label {
+            Some(label) => format!("{} ({label})", self.id),
+            None => self.id.clone(),
+        }
+    }
+
+    /// Whether its storage is out of order.
+    pub fn is_suspended(&self) -> bool {
+        self.io.as_ref().is_some_and(|io| io.state != IoState::Ok)
+    }
 }
 
 /// Something on a seat that qvirt did not make.
@@ -149,6 +242,9 @@ pub struct Status {
     pub accel: String,
     /// Seconds since 1970 at which it was started.
     pub since_unix_secs: u64,
+    /// The disk that a reset boots from; none where a kernel is booted directly.
+    #[serde(default)]
+    pub boot_disk: Option<String>,
     /// Devices.
     pub devices: Vec<DeviceStatus>,
     /// What others plugged in.

@@ -5,6 +5,8 @@
 //! commands in order, so the undo comes after it. A frontend that the guest may have seen is not undone but asked to leave, like any
 //! other device.
 
+mod media;
+
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -45,6 +47,9 @@ pub enum StepError {
         "device_add succeeded, and the device is gone again: the guest may have thrown it out while it booted; try again"
     )]
     Vanished,
+    /// The guest does not let go of a medium.
+    #[error("the guest has locked the drive and keeps its medium: unmount it there, or use --force")]
+    Locked,
     /// A descriptor that an earlier step should have opened.
     #[error("descriptor {0} was not opened")]
     NoDescriptor(String),
@@ -108,6 +113,7 @@ impl Step {
         "tap",
         "vhost-net",
         "socket",
+        "io-proxy",
         "descriptor",
         "object",
         "blockdev",
@@ -126,6 +132,7 @@ impl Step {
             Step::Need(HostNeed::Tap { .. }) => "tap",
             Step::Need(HostNeed::VhostNet { .. }) => "vhost-net",
             Step::Need(HostNeed::Socket { .. }) => "socket",
+            Step::Need(HostNeed::IoProxy(_)) => "io-proxy",
             Step::Descriptor(_) => "descriptor",
             Step::Backend(Backend::Object(_)) => "object",
             Step::Backend(Backend::Blockdev(_)) => "blockdev",
@@ -264,7 +271,7 @@ impl Workshop {
                 |error| warn!(device = %device.id, %error, "a descriptor stays open in QEMU"),
             );
         }
-        match self.clear(device).await {
+        match self.clear(device, Vec::new(), std::future::ready(())).await {
             Ok(()) => false,
             Err(error) => {
                 warn!(device = %device.id, %error, "could not clear up; trying again later");
@@ -301,15 +308,24 @@ impl Workshop {
         }
     }
 
-    /// Clears up behind a device whose frontend is gone: backends in reverse, what it had of the host, the journal. An error leaves the
-    /// rest for another try.
-    pub async fn clear(&mut self, device: &Placed) -> Result<(), StepError> {
+    /// Clears up behind a device whose frontend is gone: nodes that stood in for its own, backends in reverse, what it had of the host, the
+    /// journal. `let_go` is done when QEMU has nothing of it any more. An error leaves the rest for another try.
+    pub async fn clear(
+        &mut self,
+        device: &Placed,
+        stand_ins: Vec<String>,
+        let_go: impl Future<Output = ()>,
+    ) -> Result<(), StepError> {
         let mut steps = Steps::of("clear");
+        for node in stand_ins {
+            self.undo(Call { execute: "blockdev-del", arguments: json!({"node-name": node}) }).await?;
+        }
         for backend in device.spec.backends.iter().rev() {
             steps.enter("backend")?;
             self.undo(backend.del()).await?;
         }
         steps.enter("host")?;
+        let_go.await;
         let (host, gone) = (Arc::clone(&self.host), device.clone());
         aside(move || host.give_all_back(&gone)).await?;
         steps.enter("record")?;

@@ -18,7 +18,11 @@ const COMMANDS: &[(&str, &[&str], &[&str])] = &[
         &["driver", "node-name", "read-only", "auto-read-only", "cache.direct", "cache.no-flush", "discard"],
         &[],
     ),
+    ("blockdev-close-tray", &["id"], &[]),
     ("blockdev-del", &["node-name"], &[]),
+    ("blockdev-insert-medium", &["id", "node-name"], &[]),
+    ("blockdev-open-tray", &["id", "force"], &[]),
+    ("blockdev-remove-medium", &["id"], &[]),
     ("chardev-add", &["id", "backend"], &["pty"]),
     ("chardev-remove", &["id"], &[]),
     ("closefd", &["fdname"], &[]),
@@ -35,8 +39,18 @@ const COMMANDS: &[(&str, &[&str], &[&str])] = &[
     ("qmp_capabilities", &["enable"], &[]),
     ("qom-get", &["path", "property"], &[]),
     ("qom-list", &["path"], &["name", "type"]),
+    ("qom-set", &["path", "property", "value"], &[]),
     ("qom-list-types", &["implements"], &["name"]),
-    ("query-block", &[], &["qdev", "io-status", "inserted.node-name"]),
+    (
+        "query-block",
+        &[],
+        &["qdev", "io-status", "tray_open", "inserted.node-name", "inserted.image.virtual-size"],
+    ),
+    (
+        "query-blockstats",
+        &[],
+        &["qdev", "stats.rd_operations", "stats.wr_operations", "stats.flush_operations"],
+    ),
     ("query-chardev", &[], &["label", "filename"]),
     ("query-commands", &[], &["name"]),
     ("query-machines", &[], &["name", "alias"]),
@@ -49,6 +63,9 @@ const COMMANDS: &[(&str, &[&str], &[&str])] = &[
     ("stop", &[], &[]),
     ("system_powerdown", &[], &[]),
     ("system_reset", &[], &[]),
+    ("x-blockdev-set-iothread", &["node-name", "iothread"], &[]),
+    ("x-query-virtio-queue-status", &["path", "queue"], &["inuse"]),
+    ("x-query-virtio-status", &["path"], &["num-vqs"]),
 ];
 
 /// An event, and the members of its data that are read. `qom-path` of BLOCK_IO_ERROR is newer than 7.2 and so is not relied on.

@@ -2,8 +2,8 @@
 //! is left on the host. No guest is needed: the QEMUs are real, their processors mostly never run.
 //!
 //! `configs`, `images`, `programs` and `host` have wrong inputs, `words` and `printing` the command line itself, `lives` the ways
-//! from one owner to the next, `socket` the control socket byte by byte, `existing` a client that others wrote, and `contract` what
-//! qvirt takes QEMU to be able to.
+//! from one owner to the next, `on_error` disks that retry, `media` drives without a guest, `storage` what fails or hangs at the start, `socket` the
+//! control socket byte by byte, `existing` a client that others wrote, and `contract` what qvirt takes QEMU to be able to.
 
 mod configs;
 mod contract;
@@ -11,9 +11,12 @@ mod existing;
 mod host;
 mod images;
 mod lives;
+mod media;
+mod on_error;
 mod printing;
 mod programs;
 mod raw;
 mod scene;
 mod socket;
+mod storage;
 mod words;

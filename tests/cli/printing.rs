@@ -32,9 +32,10 @@ fn check_prints_one_option_a_line() {
     for version in QemuVersion::ALL {
         let vm = vm(version);
         let checked = json_of(&vm, &["check", &file(&vm), "--json"]);
-        let wanted = ["name", "qemu", "machine", "accel", "accel-reason", "devices", "seats", "argv"];
+        let wanted =
+            ["name", "qemu", "machine", "accel", "accel-reason", "devices", "seats", "argv", "warnings"];
         assert_eq!(keys(&checked), wanted);
-        assert_eq!(keys(&checked["devices"][0]), ["id", "address", "config"]);
+        assert_eq!(keys(&checked["devices"][0]), ["id", "address", "config", "on_error"]);
         assert_eq!(keys(&checked["seats"][0]), ["kind", "free", "total"]);
         let argv: Vec<&str> =
             checked["argv"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
@@ -125,14 +126,30 @@ fn running_vms() {
         "qemu",
         "accel",
         "since_unix_secs",
+        "boot_disk",
         "devices",
         "foreign",
         "seats",
         "warnings",
     ];
     assert_eq!(keys(&status), wanted);
-    let device =
-        ["id", "kind", "label", "address", "driver", "backing", "stage", "pty", "on_demand", "fault"];
+    let device = [
+        "id",
+        "kind",
+        "label",
+        "address",
+        "driver",
+        "backing",
+        "images",
+        "size_bytes",
+        "size_stale",
+        "stage",
+        "pty",
+        "on_demand",
+        "fault",
+        "policies",
+        "on_error",
+    ];
     assert!(status["devices"].as_array().is_some_and(|devices| devices.len() == 3));
     status["devices"].as_array().into_iter().flatten().for_each(|found| assert_eq!(keys(found), device));
     assert!(vm.device("con0")["pty"].as_str().is_some_and(|pty| pty.starts_with("/dev/pts/")));
@@ -145,7 +162,7 @@ fn running_vms() {
 
     let table = vm.ok(&["devices", "guest"]);
     let heads: Vec<&str> = table.lines().next().unwrap_or_default().split_whitespace().collect();
-    assert_eq!(heads, ["ID", "KIND", "TARGET", "SEAT", "DRIVER", "STATE", "BEHIND"]);
+    assert_eq!(heads, ["ID", "KIND", "TARGET", "SEAT", "DRIVER", "STATE", "SIZE", "BEHIND"]);
     assert!(table.contains("scsi-target s0: 255 of 256 free"), "{table}");
 
     let image = vm.raw("b.img", 4, "b");

@@ -3,8 +3,8 @@
 use crate::scene::{bare, refused};
 
 /// Every command, with the words that its help must have.
-const COMMANDS: [(&str, &[&str]); 22] = [
-    ("check", &["--argv", "--json", "<TARGET>"]),
+const COMMANDS: [(&str, &[&str]); 25] = [
+    ("check", &["--incoming", "--against <STATUS.json>", "--argv", "--json", "<TARGET>"]),
     (
         "run",
         &["--console", "--paused", "SIGTERM and SIGINT shut the guest down", "SIGHUP leaves the VM running"],
@@ -27,7 +27,10 @@ const COMMANDS: [(&str, &[&str]); 22] = [
         "attach",
         &["--disk", "--nic", "--serial", "--channel", "--live", "--config", "--dry-run", "--wait", "--json"],
     ),
+    ("media", &["<VM>", "<DRIVE>", "insert", "eject"]),
     ("detach", &["--live", "--config", "--wait", "--json"]),
+    ("io", &["status", "retry", "fail", "set"]),
+    ("drill", &["--fail-for", "--reads", "--writes", "--flushes"]),
     ("console", &["[DEVICE]", "--force"]),
     ("events", &["[VMS]...", "--json"]),
     ("qmp", &["<COMMAND>", "[ARGUMENTS]"]),

@@ -16,12 +16,13 @@ impl Holdings {
         let mut all = BTreeMap::new();
         let status = vm.status();
         let list = |key: &str| status[key].as_array().cloned().unwrap_or_default();
-        // The pty of a console is known a moment after the console.
-        let without_pty = |mut device: Value| {
+        // The pty of a console and the capacity of a disk are known a moment after the device.
+        let at_once = |mut device: Value| {
             device["pty"].take();
+            device["size_bytes"].take();
             device.to_string()
         };
-        all.insert("devices", list("devices").into_iter().map(without_pty).collect());
+        all.insert("devices", list("devices").into_iter().map(at_once).collect());
         all.insert("foreign", list("foreign").iter().map(ToString::to_string).collect());
         all.insert("seats", list("seats").iter().map(ToString::to_string).collect());
         let run = vm.root().join("run/guest");
@@ -31,6 +32,7 @@ impl Holdings {
         // The time at which a lease was taken is no part of what is held.
         let leases = names(&leases).iter().flat_map(|name| holders(&content(name))).collect();
         all.insert("leases", leases);
+        all.insert("proxies", vm.proxies().into_iter().map(|(_, arguments)| arguments).collect());
         let entries =
             launcher::journal::read_only::<Entry>(&run.join("journal")).expect("the journal is readable");
         let memory = Memory::of(entries.map(|(_, entries)| entries).unwrap_or_default());

@@ -3,16 +3,17 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
+use devices::host::HostFacts;
 use devices::machine::{MachineError, versioned};
 use devices::pcie::{PcieRule, RootPort, written_out};
 use devices::topology::{Topology, TopologyError};
 use devices::{DeviceConfig, Layout, Moment, Refusal, plan, plan_machine};
 use launcher::accel::AccelError;
-use launcher::blueprint::{Blueprint, facts};
+use launcher::blueprint::Blueprint;
 use launcher::config::{ConfigError, VmConfig, parse_flag, read_device};
 use launcher::image::{self, ImageError};
 
-use crate::case::{Case, all_good, compare, folder, names};
+use crate::case::{Case, all_good, compare, folder, learn, names};
 use crate::recorded::{QEMU_10_0, Recorded};
 
 /// The names of an enum's variants, and which of them a value is. A variant that is missing here does not compile.
@@ -35,7 +36,7 @@ variants!(topology, TOPOLOGY, TopologyError: NoFreePort, NoRoom, Taken, NoSuchSe
 variants!(pcie, PCIE, PcieRule: Index, Chassis, Port, Function, Place, Slot, NoPort, Seat, Key, Id);
 variants!(machine, MACHINE, MachineError: Unknown, NoPcie, Memory, NoCpu);
 variants!(config, CONFIG, ConfigError: Read, Toml, Rule, NotOneDevice, Flag);
-variants!(images, IMAGES, ImageError: Open, Kind, NotQcow2, Unsaid, BackingFormat, Backing, Below);
+variants!(images, IMAGES, ImageError: Open, Read, Kind, NotQcow2, Unsaid, BackingFormat, Backing, Below);
 variants!(accel, ACCEL, AccelError: Unknown, NoKvm);
 
 /// These cannot come from a config: the owner makes the one, the other two are for a launcher or a QEMU that is at fault.
@@ -89,7 +90,9 @@ fn tell(case: &Case, qemu: &Recorded) -> Result<(), Told> {
         let copy = case.path("device.toml");
         std::fs::copy(device, &copy).expect("the folder is writable");
         let device = read_device(&copy).map_err(|error| Told::config(&error))?;
-        let host = facts(&device, files.dir()).map_err(|error| Told::image(&error))?;
+        let run_dir = files.dir().to_string_lossy().into_owned();
+        let mut host = HostFacts { run_dir, ..HostFacts::default() };
+        learn(&mut host, &device).map_err(|error| Told::image(&error))?;
         plan(&device, &blueprint.layout, &host, &blueprint.qemu, Moment::Hot)
             .map_err(|refusal| Told::refusal(&refusal))?;
     }
@@ -129,11 +132,9 @@ fn behind_devices(
     qemu: &devices::capabilities::Capabilities,
 ) -> Result<(), Told> {
     let run_dir = case.files(&config.name).dir().to_string_lossy().into_owned();
-    let mut host = devices::host::HostFacts { run_dir, ..Default::default() };
-    for device in &config.devices {
-        let known = facts(device, case.files(&config.name).dir()).map_err(|error| Told::image(&error))?;
-        host.chains.extend(known.chains);
-    }
+    let mut host = HostFacts { run_dir, ..HostFacts::default() };
+    let mut learn = |device| learn(&mut host, device).map_err(|error| Told::image(&error));
+    config.devices.iter().try_for_each(&mut learn)?;
     for path in config.firmware.iter().map(|firmware| &firmware.code) {
         image::chain(path, Some(devices::host::Format::Raw)).map_err(|error| Told::image(&error))?;
     }

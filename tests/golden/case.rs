@@ -1,14 +1,18 @@
 //! One case: its file, the images that it asks for in a folder of its own, and the comparison with what is expected.
 //!
 //! Lines that begin with `#!` prepare the folder and the host: `raw NAME`, `qcow2 NAME [BACKING [FORMAT]]`, `text NAME WORD`,
-//! `folder NAME`, `block NAME` (a file that counts as a block device), `no-kvm`, `no-json-options`, `detach ID`.
+//! `folder NAME`, `block NAME` (a file that counts as a block device), `no-kvm`, `no-json-options`, `qemu-retries`,
+//! `without BLOCK-DRIVER`, `detach ID`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use devices::DeviceConfig;
 use devices::capabilities::Capabilities;
 use launcher::accel::{HostFacts, KvmNode, Virtualization};
+use launcher::examine::Question;
 use launcher::folders::{Folders, VmFiles};
+use launcher::image::{self, ImageError};
 use tempfile::TempDir;
 
 use crate::recorded::Recorded;
@@ -69,7 +73,7 @@ impl Case {
                 ["qcow2", name] => fs::write(path(name), qcow2(None, None)),
                 ["qcow2", name, backing] => fs::write(path(name), qcow2(Some(backing), None)),
                 ["qcow2", name, backing, format] => fs::write(path(name), qcow2(Some(backing), Some(format))),
-                ["no-kvm" | "no-json-options"] | ["detach", _] => Ok(()),
+                ["no-kvm" | "no-json-options" | "qemu-retries"] | ["detach" | "without", _] => Ok(()),
                 _ => panic!("{}: directive {directive:?} is unknown", self.name),
             };
             written.expect("the folder is writable");
@@ -94,7 +98,14 @@ impl Case {
 
     /// What the QEMU of this case can do.
     pub fn capabilities(&self, qemu: &Recorded) -> Capabilities {
-        if self.says("no-json-options") { qemu.without_json_options() } else { qemu.capabilities.clone() }
+        let mut capabilities = match (self.says("no-json-options"), self.says("qemu-retries")) {
+            (true, _) => qemu.without_json_options(),
+            (_, true) => qemu.with_retry(),
+            _ => qemu.capabilities.clone(),
+        };
+        let without = self.said("without");
+        capabilities.block_drivers.retain(|driver| !without.contains(driver));
+        capabilities
     }
 
     /// A file in the case's folder.
@@ -167,4 +178,13 @@ pub fn compare(file: &Path, actual: Option<&str>) -> Result<(), String> {
 pub fn all_good(results: impl IntoIterator<Item = Result<(), String>>) {
     let wrong: Vec<String> = results.into_iter().filter_map(Result::err).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+}
+
+/// Looks at a device's image, as planning wants it.
+pub fn learn(host: &mut devices::host::HostFacts, device: &DeviceConfig) -> Result<(), ImageError> {
+    if let Some(Question::Image(path, format)) = Question::of(device) {
+        let chain = image::chain(&path, format)?;
+        host.chains.insert(path, chain);
+    }
+    Ok(())
 }

@@ -2,15 +2,18 @@
 
 use std::collections::BTreeSet;
 
-use devices::disk::{Aio, Cache, Discard, ErrorPolicy};
+use devices::disk::{Aio, Cache, Discard};
+use devices::host::HostFacts;
+use devices::retry::{AtTimeout, EngineWish, ErrorPolicy};
 use devices::spec::Numbers;
 use devices::topology::Topology;
 use devices::{DeviceConfig, Layout, Moment, plan, plan_machine};
-use launcher::blueprint::{Blueprint, facts};
+use launcher::blueprint::Blueprint;
 use launcher::config::{VmConfig, read_device};
+use launcher::folders::VmName;
 use serde_json::{Value, json};
 
-use crate::case::{Case, all_good, compare, folder, names};
+use crate::case::{Case, all_good, compare, folder, learn, names};
 use crate::recorded::{QEMU_7_2, QEMU_10_0, Recorded};
 use crate::schema::Schema;
 
@@ -55,6 +58,11 @@ fn pairs(words: &[String]) -> Vec<[String; 2]> {
     pairs
 }
 
+fn host_of(case: &Case, vm: &VmName) -> HostFacts {
+    let run_dir = case.files(vm).dir().to_string_lossy().into_owned();
+    HostFacts { run_dir, ..HostFacts::default() }
+}
+
 /// Plans anew with files that count as block devices: a real one would need root.
 fn use_block_devices(case: &Case, blueprint: &mut Blueprint) {
     let devices = case.said("block");
@@ -62,11 +70,9 @@ fn use_block_devices(case: &Case, blueprint: &mut Blueprint) {
         return;
     }
     let config = &blueprint.config;
-    let mut host = devices::host::HostFacts::default();
+    let mut host = host_of(case, &config.name);
     for device in &config.devices {
-        let known = facts(device, case.files(&config.name).dir()).expect("it was looked at before");
-        host.run_dir = known.run_dir;
-        host.chains.extend(known.chains);
+        learn(&mut host, device).expect("it was looked at before");
     }
     for layer in host.chains.values_mut().flatten() {
         layer.block_device = devices.iter().any(|name| case.path(name).to_str() == Some(&layer.path));
@@ -82,8 +88,8 @@ fn use_block_devices(case: &Case, blueprint: &mut Blueprint) {
 fn hot_plugs(case: &Case, blueprint: &Blueprint) -> (Vec<Value>, String) {
     let (mut calls, mut text) = (Vec::new(), String::new());
     let mut show = |title: &str, config: &DeviceConfig, layout: &Layout| {
-        let mut host =
-            facts(config, case.files(&blueprint.config.name).dir()).expect("it was looked at before");
+        let mut host = host_of(case, &blueprint.config.name);
+        learn(&mut host, config).expect("it was looked at before");
         for layer in host.chains.values_mut().flatten() {
             layer.block_device =
                 case.said("block").iter().any(|n| case.path(n).to_str() == Some(&layer.path));
@@ -175,9 +181,10 @@ fn every_case_fits_both_schemas() {
     for qemu in [&*QEMU_10_0, &*QEMU_7_2] {
         let schema = Schema::new(&qemu.schema);
         for name in names("cases") {
-            let drawn = draw(&Case::read("cases", &name), qemu);
+            let case = Case::read("cases", &name);
+            let (drawn, capabilities) = (draw(&case, qemu), case.capabilities(qemu));
             let check = |command: &str, arguments: &Value| {
-                let checked = schema.command(command, arguments, &qemu.capabilities);
+                let checked = schema.command(command, arguments, &capabilities);
                 checked.map_err(|reason| format!("{name} for QEMU {}: {reason}", qemu.version))
             };
             for [option, value] in drawn.argv.iter().filter(|[_, value]| value.starts_with('{')) {
@@ -234,9 +241,15 @@ fn every_word_of_a_disk_has_a_case() {
     for discard in Discard::ALL {
         assert!(argv.contains(&format!("\"discard\":\"{discard}\"")), "no case has discard {discard}");
     }
-    for policy in ErrorPolicy::ALL.iter().filter(|policy| **policy != ErrorPolicy::Retry) {
+    for policy in ErrorPolicy::ALL {
         for key in ["rerror", "werror"] {
             assert!(argv.contains(&format!("\"{key}\":\"{policy}\"")), "no case has {key} {policy}");
         }
+    }
+    for act in AtTimeout::ALL {
+        assert!(texts.contains(&format!("at_timeout = \"{act}\"")), "no case has at_timeout {act}");
+    }
+    for engine in EngineWish::ALL {
+        assert!(texts.contains(&format!("engine = \"{engine}\"")), "no case has engine {engine}");
     }
 }

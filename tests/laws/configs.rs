@@ -2,13 +2,14 @@
 
 use devices::address::{Function, PciSeat, Slot};
 use devices::controller::{IothreadConfig, ScsiControllerConfig, VirtioSerialConfig};
-use devices::disk::{Aio, Cache, Discard, DiskBus, DiskConfig, ErrorPolicy, Medium, OnError, ScsiWish};
+use devices::disk::{Aio, Cache, Discard, DiskBus, DiskConfig, Medium, ScsiWish};
 use devices::host::{Format, HostFacts, Layer};
 use devices::id::Label;
 use devices::nic::NicConfig;
 use devices::port::{ChannelConfig, SerialConfig, SerialType};
+use devices::retry::{AtTimeout, EngineWish, ErrorPolicy, OnError};
 use devices::topology::Topology;
-use devices::units::Mac;
+use devices::units::{Mac, Millis};
 use devices::{DeviceConfig, DeviceId, Layout, Moment, Placed, plan_machine};
 use proptest::option;
 use proptest::prelude::*;
@@ -45,14 +46,22 @@ pub fn pci_seat() -> impl Strategy<Value = PciSeat> {
     ]
 }
 
-fn on_error() -> impl Strategy<Value = OnError> {
+/// All of `on_error`; what does not go together is refused when it is planned, half of it or less.
+pub fn on_error() -> impl Strategy<Value = OnError> {
     let policies: Vec<ErrorPolicy> =
         ErrorPolicy::ALL.iter().copied().filter(|policy| *policy != ErrorPolicy::Retry).collect();
-    (option::of(select(policies.clone())), option::of(select(policies))).prop_map(|(read, write)| OnError {
-        read,
-        write,
-        ..OnError::default()
-    })
+    let plain = (option::of(select(policies.clone())), option::of(select(policies)))
+        .prop_map(|(read, write)| OnError { read, write, ..OnError::default() });
+    let time = || (100_u64..100_000).prop_map(Millis::new);
+    let timeout = option::of((time(), option::of(select(AtTimeout::ALL))));
+    let rest = (option::of(time()), timeout, option::weighted(0.3, select(EngineWish::ALL)));
+    let retry =
+        (plain.clone(), any::<bool>(), rest).prop_map(|(plain, both, (interval, timeout, engine))| {
+            let read = if both { Some(ErrorPolicy::Retry) } else { plain.read };
+            let (timeout, at_timeout) = timeout.map_or((None, None), |(timeout, act)| (Some(timeout), act));
+            OnError { read, write: Some(ErrorPolicy::Retry), interval, timeout, at_timeout, engine }
+        });
+    prop_oneof![plain, retry]
 }
 
 fn scsi_wish() -> impl Strategy<Value = ScsiWish> {

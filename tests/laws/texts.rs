@@ -94,12 +94,18 @@ proptest! {
 
     /// A config written as `key=value,...` is the config of the table.
     #[test]
-    fn flags_are_tables(path in configs::path(), id in configs::id(), serial in "[a-z,=.]{1,12}", queues in 1_u16..9) {
+    fn flags_are_tables(
+        path in configs::path(), id in configs::id(), serial in "[a-z,=.]{1,12}", queues in 1_u16..9, errors in configs::on_error(),
+    ) {
         let doubled = |text: &str| text.replace(',', ",,");
-        let flag = format!("id={id},path={},serial={},queues={queues},on_error.read=stop", doubled(&path), doubled(&serial));
-        let table = serde_json::json!({
-            "id": id, "path": path, "serial": serial, "queues": queues, "on_error": {"read": "stop"},
-        });
+        let errors = serde_json::to_value(errors).expect("plain data");
+        let words = errors.as_object().expect("a table").iter();
+        let words: String = words.map(|(key, word)| format!(",on_error.{key}={}", word.as_str().expect("a word"))).collect();
+        let flag = format!("id={id},path={},serial={},queues={queues}{words}", doubled(&path), doubled(&serial));
+        let mut table = serde_json::json!({"id": id, "path": path, "serial": serial, "queues": queues});
+        if !words.is_empty() {
+            table["on_error"] = errors;
+        }
         let parsed: devices::disk::DiskConfig = devices::keyval::parse(&flag).expect("it is well formed");
         prop_assert_eq!(parsed, serde_json::from_value(table).expect("a disk"));
     }

@@ -5,7 +5,8 @@ use tests::qemu::QemuVersion;
 use tests::vm::{Output, Vm, finished};
 
 use crate::faults::Follower;
-use crate::scene::{QUIET, Scene, on_both};
+use tests::on_both;
+use tests::scene::{QUIET, Scene};
 
 on_both! {
     two => two_at_once,

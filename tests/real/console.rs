@@ -12,7 +12,7 @@ use tests::guest::{BOOT, Guest};
 use tests::qemu::QemuVersion;
 use tests::vm::{Vm, finished};
 
-use crate::scene::on_both;
+use tests::on_both;
 
 on_both! {
     first_byte => from_the_first_byte,

@@ -8,7 +8,8 @@ use tests::guest::BOOT;
 use tests::qemu::QemuVersion;
 use tests::vm::{Vm, finished};
 
-use crate::scene::{QUIET, Scene, on_both};
+use tests::on_both;
+use tests::scene::{QUIET, Scene};
 
 on_both! {
     plug_steps => each_step_of_attach_and_detach,
@@ -122,7 +123,7 @@ fn sweep(scene: &mut Scene, victim: &Victim, work: &str, before: &Holdings) -> u
         let step = format!("{work}:{number}");
         if work != "attach" {
             scene.vm.ok(&attach);
-            scene.sees_it(victim);
+            sees_it(scene, victim);
         }
         scene.vm.kill_owner();
         adopt_to_die(&scene.vm, &step);
@@ -158,11 +159,9 @@ fn sweep(scene: &mut Scene, victim: &Victim, work: &str, before: &Holdings) -> u
     unreachable!("the numbers have no end")
 }
 
-impl Scene {
-    fn sees_it(&mut self, victim: &Victim) {
-        let (kind, word) = victim.line;
-        self.sees(&format!("{} attached", victim.id), |seen| seen.find(kind, word).is_some());
-    }
+fn sees_it(scene: &mut Scene, victim: &Victim) {
+    let (kind, word) = victim.line;
+    scene.sees(&format!("{} attached", victim.id), |seen| seen.find(kind, word).is_some());
 }
 
 /// Waits until no device is coming or going.

@@ -8,7 +8,8 @@ use tests::guest::{BOOT, Guest};
 use tests::qemu::QemuVersion;
 use tests::vm::{Output, Vm, finished};
 
-use crate::scene::{QUIET, Scene, on_both};
+use tests::on_both;
+use tests::scene::{QUIET, Scene};
 
 on_both! {
     power => shutdown_reboot_reset,

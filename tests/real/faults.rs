@@ -3,10 +3,12 @@
 use std::process::{Child, Stdio};
 
 use serde_json::{Value, json};
+use tests::guest::SCRIPT;
 use tests::qemu::QemuVersion;
 use tests::vm::Vm;
 
-use crate::scene::{QUIET, Scene, on_both};
+use tests::on_both;
+use tests::scene::{QUIET, Scene};
 
 on_both! {
     policies => each_policy,
@@ -162,9 +164,8 @@ fn meet(scene: &mut Scene, case: &Case, people: &Follower, programs: &Follower) 
         "read" => format!("dd if=/dev/{name} of=/dev/null bs=4096 count=1 iflag=direct"),
         _ => format!("dd if=/dev/zero of=/dev/{name} bs=4096 count=1 oflag=direct"),
     };
-    // In the background: it hangs while the VM is stopped.
-    scene.guest.check("rm -f /tmp/result").expect("a script");
-    scene.begin(&format!("(sleep 1; {script}) >/tmp/said 2>&1; echo $? >/tmp/result"));
+    // It hangs while the VM is stopped.
+    let request = scene.guest.begin(&script).expect("a script");
     scene.vm.wait_for("the fault in the status", || scene.vm.device(id)["fault"]["action"] == *action);
     if *action == "stop" {
         scene
@@ -186,10 +187,9 @@ fn meet(scene: &mut Scene, case: &Case, people: &Follower, programs: &Follower) 
         "{fault}"
     );
 
-    let wait = "n=0; until [ -s /tmp/result ]; do n=$((n + 1)); [ $n -lt 1000 ] || exit 1; usleep 20000; done; cat /tmp/result /tmp/said";
-    let result = scene.guest.check(wait).expect("the request ends");
-    println!("the guest: {result}");
-    assert_eq!(result.starts_with("0\n"), case.succeeds, "{policy}: {result}");
+    let result = scene.guest.finish(request, SCRIPT).expect("the request ends");
+    println!("the guest: {result:?}");
+    assert_eq!(result.status == 0, case.succeeds, "{policy}: {result:?}");
     assert_eq!(scene.vm.status()["state"], "running");
     for (follower, form) in [(people, " action="), (programs, "\"action\":")] {
         let raw = follower.lines(&["BLOCK_IO_ERROR", form, action, &node]);

@@ -7,11 +7,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::json;
+use tests::guest::SCRIPT;
 use tests::qemu::QemuVersion;
 use tests::vhost_user::{Backend, guest_words};
 use tests::vm::Vm;
 
-use crate::scene::{QUIET, Scene, on_both};
+use tests::on_both;
+use tests::scene::{QUIET, Scene};
 
 on_both! {
     virtio_blk => virtio_blk_disks,
@@ -277,10 +279,12 @@ fn talk(scene: &mut Scene, socket: &Path) {
     host.set_read_timeout(Some(Duration::from_secs(30))).expect("a read timeout");
     let port = "port=$(grep -l org.test.0 /sys/class/virtio-ports/*/name); port=${port%/name}; port=/dev/${port##*/}";
     // Opened once: QEMU holds nothing for a port that the guest has closed.
-    scene.begin(&format!("{port}; exec 3<>$port; head -c 9 <&3 >/tmp/heard; printf to-host >&3; exec 3>&-"));
+    let script = format!("{port}; exec 3<>$port; head -c 9 <&3; printf to-host >&3");
+    let running = scene.guest.begin(&script).expect("the guest listens");
     host.write_all(b"to-guest\n").expect("the host writes");
     let mut heard = [0; 7];
     host.read_exact(&mut heard).expect("the guest answers");
     assert_eq!(&heard, b"to-host");
-    assert_eq!(scene.guest.check("cat /tmp/heard").expect("a script"), "to-guest\n");
+    let heard = scene.guest.finish(running, SCRIPT).expect("the script ends");
+    assert_eq!((heard.status, heard.stdout.as_str()), (0, "to-guest\n"));
 }

@@ -2,11 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use tests::guest::BOOT;
+use tests::guest::{BOOT, Unplug};
 use tests::qemu::QemuVersion;
 use tests::vm::{Vm, finished};
 
-use crate::scene::{QUIET, Scene, on_both};
+use tests::on_both;
+use tests::scene::{QUIET, Scene};
 
 on_both! {
     boot => during_boot,
@@ -109,7 +110,7 @@ fn fifty_times_on_one_port(version: QemuVersion) {
     let begin = Instant::now();
     for lap in 1..=50 {
         scene.vm.ok(&["attach", "guest", "--disk", &format!("path={image},id=lap,serial=lap-{lap}")]);
-        // No inventory: it costs the guest a second. It counts the disk when it can read this lap's serial number.
+        // No inventory for each lap: it costs more than the lap. It counts the disk when it can read this lap's serial number.
         let script = format!(
             "n=0; until [ \"$(cat /sys/block/vda/serial 2>/dev/null)\" = lap-{lap} ]; do \
              n=$((n + 1)); [ $n -lt 1000 ] || exit 1; usleep 10000; done; echo lap-{lap} >>/tmp/laps"
@@ -142,12 +143,12 @@ fn a_guest_that_ignores_the_unplug(version: QemuVersion) {
     // Pending, then finished by the owner that asked.
     scene.vm.expect(4, &["detach", "guest", "d1", "--wait", "1s"]);
     scene.sees("all four still there", |seen| seen.disks().len() == 4);
-    scene.guest.check("hotplug on").expect("the guest hears again");
+    scene.guest.unplug(Unplug::Answer).expect("the guest hears again");
     scene.sees("d1 gone", gone("d1"));
     scene.wait_devices(&["d2", "d3", "d4"]);
 
     // Pending, the owner killed, finished by the next one.
-    scene.guest.check("hotplug off").expect("the guest is deaf");
+    scene.guest.unplug(Unplug::Ignore).expect("the guest is deaf");
     scene.vm.expect(4, &["detach", "guest", "d2", "--wait", "1s"]);
     scene.vm.kill_owner();
     let orphan = scene.vm.ok(&["list"]);
@@ -155,26 +156,26 @@ fn a_guest_that_ignores_the_unplug(version: QemuVersion) {
     scene.vm.start();
     assert_eq!(scene.vm.device("d2")["stage"], "leaving");
     scene.sees("d2 still there after the adoption", |seen| seen.find("disk", "serial=d2").is_some());
-    scene.guest.check("hotplug on").expect("the guest hears again");
+    scene.guest.unplug(Unplug::Answer).expect("the guest hears again");
     scene.sees("d2 gone", gone("d2"));
     scene.wait_devices(&["d3", "d4"]);
 
     // The guest lets go while nobody owns the VM: the next owner finds out by asking.
-    scene.guest.check("hotplug off").expect("the guest is deaf");
+    scene.guest.unplug(Unplug::Ignore).expect("the guest is deaf");
     scene.vm.expect(4, &["detach", "guest", "d3", "--wait", "500ms"]);
     scene.vm.kill_owner();
-    scene.guest.check("hotplug on").expect("the guest hears again");
+    scene.guest.unplug(Unplug::Answer).expect("the guest hears again");
     scene.sees("d3 gone", gone("d3"));
     scene.vm.start();
     scene.wait_devices(&["d4"]);
 
     // Somebody waits long enough.
-    scene.guest.check("hotplug off").expect("the guest is deaf");
+    scene.guest.unplug(Unplug::Ignore).expect("the guest is deaf");
     let waiting =
         scene.vm.command(&["detach", "guest", "d4", "--wait", "60s"]).spawn().expect("qvirt starts");
     scene.vm.wait_for("d4 to leave", || scene.vm.device("d4")["stage"] == "leaving");
     std::thread::sleep(Duration::from_secs(1));
-    scene.guest.check("hotplug on").expect("the guest hears again");
+    scene.guest.unplug(Unplug::Answer).expect("the guest hears again");
     let left = finished(waiting);
     assert_eq!(left.code, 0, "{left}");
     scene.sees("d4 gone", gone("d4"));

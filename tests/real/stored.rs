@@ -3,7 +3,8 @@
 use tests::qemu::QemuVersion;
 use tests::vm::Vm;
 
-use crate::scene::{QUIET, Scene, on_both};
+use tests::on_both;
+use tests::scene::{QUIET, Scene};
 
 on_both! {
     config => stored_config,

@@ -23,7 +23,8 @@
 //! # Commands of its own
 //!
 //! On every monitor: `fake-state`, `fake-calls` (what it was told so far), `fake-behave {rules}`, `fake-forget` (rules and calls),
-//! `fake-emit {event, data}`, `fake-eject {id}`, `fake-io-error {id, operation, action, nospace, reason}`.
+//! `fake-emit {event, data}`, `fake-eject {id}`, `fake-io-error {id, operation, action, nospace, reason}`,
+//! `fake-io-done {id, count}` (requests of a disk, for its statistics).
 
 mod argv;
 mod backends;
@@ -53,6 +54,7 @@ use crate::qemu::QemuVersion;
 
 const RULES_VARIABLE: &str = "QVIRT_FAKE";
 const VERSION_VARIABLE: &str = "QVIRT_FAKE_VERSION";
+const RETRIES_VARIABLE: &str = "QVIRT_FAKE_RETRIES";
 const CONTROL_VARIABLE: &str = "QVIRT_FAKE_CONTROL";
 const DUMP_VARIABLE: &str = "QVIRT_FAKE_DUMP";
 /// The name of the monitor that is a test's own: no rule holds there.
@@ -127,6 +129,7 @@ impl State {
 pub struct Fake {
     rules: Vec<String>,
     version: Option<QemuVersion>,
+    retries: bool,
     control: Option<PathBuf>,
     dump: Option<PathBuf>,
 }
@@ -165,6 +168,13 @@ impl Fake {
         self
     }
 
+    /// Says that it retries failed I/O by itself, as openEuler's QEMU does; the test sends the events.
+    #[must_use]
+    pub fn retries(mut self) -> Fake {
+        self.retries = true;
+        self
+    }
+
     /// Listens on this path for a [`Control`].
     #[must_use]
     pub fn control(mut self, socket: &Path) -> Fake {
@@ -184,6 +194,7 @@ impl Fake {
         let path = |path: &PathBuf| path.to_string_lossy().into_owned();
         let mut variables = vec![(RULES_VARIABLE, self.rules.join("\n"))];
         variables.extend(self.version.map(|version| (VERSION_VARIABLE, version.name().to_owned())));
+        variables.extend(self.retries.then(|| (RETRIES_VARIABLE, "1".to_owned())));
         variables.extend(self.control.as_ref().map(|socket| (CONTROL_VARIABLE, path(socket))));
         variables.extend(self.dump.as_ref().map(|file| (DUMP_VARIABLE, path(file))));
         variables

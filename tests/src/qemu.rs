@@ -31,6 +31,17 @@ impl fmt::Display for QemuVersion {
     }
 }
 
+/// A QEMU that retries failed I/O by itself, as openEuler's does: `QVIRT_TEST_QEMU_RETRY` names its program. Panics where there is none of that name.
+pub fn retrying_qemu() -> Option<PathBuf> {
+    let path = PathBuf::from(std::env::var_os("QVIRT_TEST_QEMU_RETRY").filter(|path| !path.is_empty())?);
+    assert!(
+        path.is_absolute() && path.is_file(),
+        "QVIRT_TEST_QEMU_RETRY: {} is no program: give its absolute path",
+        path.display()
+    );
+    Some(path)
+}
+
 /// The folder `target/images`, as `integration-images/setup` makes it.
 #[derive(Clone, Debug)]
 pub struct Images {
@@ -45,7 +56,7 @@ pub fn images() -> Images {
         .find(|folder| folder.is_dir())
         .unwrap_or_else(|| panic!("there is no target/images: run `make images` in the checkout"));
     let images = Images { root: found };
-    let mut files = vec![images.kernel(), images.initramfs(), images.python()];
+    let mut files = vec![images.kernel(), images.initramfs()];
     files.extend(QemuVersion::ALL.map(|version| images.qemu(version)));
     for file in files {
         assert!(file.exists(), "{} is missing: run `make images` in the checkout", file.display());
@@ -62,6 +73,11 @@ impl Images {
     /// `qemu-img` of that version.
     pub fn qemu_img(&self, version: QemuVersion) -> PathBuf {
         self.program(version, "qemu-img")
+    }
+
+    /// `qemu-io` of that version: a block client that does what it is told.
+    pub fn qemu_io(&self, version: QemuVersion) -> PathBuf {
+        self.program(version, "qemu-io")
     }
 
     /// `qemu-storage-daemon` of that version: a real vhost-user-blk or NBD peer.
@@ -88,22 +104,52 @@ impl Images {
         self.root.join("guest/initramfs.cpio.gz")
     }
 
+    /// The lab host's kernel, an ELF image as well.
+    pub fn lab_kernel(&self) -> PathBuf {
+        self.root.join("lab/vmlinux")
+    }
+
+    /// What loads the drivers of the lab host's system disk.
+    pub fn lab_initramfs(&self) -> PathBuf {
+        self.root.join("lab/initramfs.cpio.gz")
+    }
+
+    /// The lab host's system disk, a raw image. Boots throw away what they write to it.
+    pub fn lab_root(&self) -> PathBuf {
+        self.root.join("lab/root.ext4")
+    }
+
+    /// The folder `integration-images` of the checkout, which they are made with.
+    pub fn sources(&self) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("integration-images")
+    }
+
+    /// The folder itself.
+    pub fn folder(&self) -> &Path {
+        &self.root
+    }
+
     /// A Python that can `import qemu.qmp`.
     pub fn python(&self) -> PathBuf {
         self.root.join("venv/bin/python3")
     }
 }
 
-/// The `qvirt` program built with the test that is running: in the folder of its cargo profile. Panics, saying what to run, when it is missing.
+/// The `qvirt` program built with the test that is running. Panics, saying what to run, when it is missing.
 pub fn qvirt_binary() -> PathBuf {
-    let test = std::env::current_exe().expect("a running program has a path");
-    // A test is `target/PROFILE/deps/NAME-HASH`, an example `target/PROFILE/examples/NAME`, a benchmark run by hand anything below.
-    let found =
-        test.ancestors().skip(1).take(3).map(|folder| folder.join("qvirt")).find(|path| path.is_file());
-    found.unwrap_or_else(|| {
-        panic!(
-            "there is no qvirt program in the folders above {}: run `cargo build -p launcher` with the profile of this test",
-            test.display()
-        )
-    })
+    let qvirt = profile_folder().join("qvirt");
+    assert!(
+        qvirt.is_file(),
+        "there is no {}: run `cargo build -p launcher` with the profile of this test",
+        qvirt.display()
+    );
+    qvirt
+}
+
+/// The folder of the cargo profile that the running program was built with: `target/debug` of a test in `target/debug/deps`.
+pub fn profile_folder() -> PathBuf {
+    let program = std::env::current_exe().expect("a running program has a path");
+    let folder = program.parent().expect("a program is in a folder");
+    let inner = matches!(folder.file_name().and_then(|name| name.to_str()), Some("deps" | "examples"));
+    folder.parent().filter(|_| inner).unwrap_or(folder).to_owned()
 }

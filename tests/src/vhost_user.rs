@@ -1,16 +1,19 @@
 //! A vhost-user backend for tests: the program `vhost-user-net` as a process that ends with its handle, and the host it plays,
-//! 10.77.0.1, as a function from a frame to its answer.
+//! 10.77.0.1, as a function from a frame to its answer and on a pair of rings.
 
 #[cfg(test)]
 mod ping;
 mod relay;
+mod rings;
 
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+pub(crate) use relay::owned;
 pub use relay::relay;
+pub use rings::answer;
 
 use crate::fake::program_beside_the_test;
 use crate::qemu::QemuVersion;

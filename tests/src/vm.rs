@@ -23,6 +23,9 @@ const PATIENCE: Duration = Duration::from_secs(150);
 /// How long processes may take to end.
 const ENDING: Duration = Duration::from_secs(15);
 
+/// The table of a channel to the guest's agent. It spares a guest whose every byte on a serial port is dear, as in the lab.
+pub const AGENT_CHANNEL: &str = "[[channel]]\nid = \"agent\"\nname = \"org.qvirt.agent\"\n\n";
+
 /// What a program left.
 #[derive(Clone, Debug)]
 pub struct Output {
@@ -129,6 +132,10 @@ impl Vm {
             .env("QVIRT_ROOT", self.root())
             .env_remove("QVIRT_LOG")
             .current_dir(self.folder.path());
+        // For a person who looks for a fault; the owner's log is printed with every failure.
+        if let Some(level) = std::env::var_os("QVIRT_TEST_LOG") {
+            command.env("QVIRT_LOG", level);
+        }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
@@ -160,6 +167,18 @@ impl Vm {
     pub fn qmp(&self, command: &str, arguments: &Value) -> Value {
         let text = self.ok(&["qmp", "guest", command, &arguments.to_string()]);
         serde_json::from_str(&text).unwrap_or_else(|e| panic!("{command} replied {text:?}: {e}"))
+    }
+
+    /// Sends QEMU a command behind its owner's back, by the monitor for rescue.
+    pub fn rescue(&self, command: &str, arguments: Value) -> Value {
+        let socket = self.root().join("run/guest/rescue.sock");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(async {
+            let stream = tokio::net::UnixStream::connect(&socket).await.expect("QEMU listens");
+            let (qmp, _events) =
+                qmp_client::Qmp::connect(stream, qmp_client::Options::default()).await.expect("a session");
+            qmp.call(command, arguments).await.unwrap_or_else(|error| panic!("{command}: {error}"))
+        })
     }
 
     /// Launches the VM from its file, or adopts it, in the background.
@@ -195,6 +214,15 @@ impl Vm {
         Guest::attach(Path::new(pty)).expect("the console opens")
     }
 
+    /// The guest, on its agent's channel if the VM has [`AGENT_CHANNEL`], else on the console `con0`.
+    pub fn guest(&self) -> Guest {
+        let channel = self.root().join("run/guest/channel-agent.sock");
+        match channel.exists() {
+            true => Guest::attach(&channel).expect("the channel opens"),
+            false => self.console("con0"),
+        }
+    }
+
     /// The owner's process.
     pub fn owner_pid(&self) -> i32 {
         pid_in(&self.status(), "owner_pid")
@@ -208,6 +236,18 @@ impl Vm {
     /// What the owner that was started last has logged.
     pub fn owner_log(&self) -> String {
         std::fs::read_to_string(self.root().join("lib/guest/owner.log")).unwrap_or_default()
+    }
+
+    /// The last lines that the guest wrote to its console.
+    fn console_tail(&self) -> String {
+        let bytes = std::fs::read(self.path("console.log")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        crate::last_lines(&text, 20).map(|line| format!("  | {line}\n")).collect()
+    }
+
+    /// What QEMU that was started last has written; an owner that was there at its end has logged it too.
+    pub fn qemu_log(&self) -> String {
+        std::fs::read_to_string(self.root().join("lib/guest/qemu.log")).unwrap_or_default()
     }
 
     /// Kills the owner with SIGKILL and waits until it is gone.
@@ -258,6 +298,16 @@ impl Vm {
         pids.filter(|pid| mentions(*pid, "environ") || mentions(*pid, "cmdline")).collect()
     }
 
+    /// The live processes that serve images of this VM, each with the arguments it was started with.
+    pub fn proxies(&self) -> Vec<(i32, String)> {
+        let words = |pid: i32| {
+            let bytes = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            let words = String::from_utf8_lossy(&bytes).replace('\0', " ");
+            words.split(' ').any(|word| word == "io-proxy").then_some((pid, words))
+        };
+        self.processes().into_iter().filter_map(words).collect()
+    }
+
     /// Names of the files in the lease folder, but for its lock.
     pub fn leases(&self) -> Vec<String> {
         let entries = std::fs::read_dir(self.root().join("leases")).into_iter().flatten().flatten();
@@ -289,7 +339,9 @@ impl Vm {
 
     /// Kills the VM by `qvirt kill` and asserts that nothing is left.
     pub fn end(&self) {
-        self.ok(&["kill", "guest"]);
+        let output = self.qvirt(&["kill", "guest"]);
+        // In an emulated host QEMU takes longer to end than a kill waits.
+        assert!([0, 4].contains(&output.code), "{output}");
         self.nothing_left();
     }
 }
@@ -320,9 +372,11 @@ impl Drop for Vm {
             std::thread::sleep(Duration::from_millis(10));
         }
         if std::thread::panicking() {
-            let log = self.owner_log();
-            eprintln!("the owner's log:\n{log}");
-            TCG_BUG.set(TCG_BUG.get() || log.contains(TCG_ASSERTION));
+            let (owner, qemu, guest) = (self.owner_log(), self.qemu_log(), self.console_tail());
+            eprintln!(
+                "the owner's log:\n{owner}\nQEMU's log:\n{qemu}\nthe last lines of the guest's console:\n{guest}"
+            );
+            TCG_BUG.set(TCG_BUG.get() || [owner, qemu].iter().any(|log| log.contains(TCG_ASSERTION)));
         } else {
             assert!(left.is_empty(), "the test ended and left: {left:#?}");
         }

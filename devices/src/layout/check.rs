@@ -2,7 +2,8 @@
 
 use crate::capabilities::Capabilities;
 use crate::device::DeviceConfig;
-use crate::host::{HostFacts, HostNeed, Layer};
+use crate::disk::Storage;
+use crate::host::{HostFacts, HostNeed};
 use crate::id::DeviceId;
 use crate::port::SerialType;
 use crate::refusal::Refusal;
@@ -18,16 +19,17 @@ pub(super) fn hot_pluggable(id: &DeviceId, config: &DeviceConfig) -> Result<(), 
     }
 }
 
-/// What can be said against a config by itself; gives the chain of a disk's image.
+/// What can be said against a config by itself; gives what a disk stands on.
 pub(super) fn check(
     id: &DeviceId,
     config: &DeviceConfig,
-    shared_memory: bool,
+    (shared_memory, threaded): (bool, bool),
     host: &HostFacts,
     qemu: &Capabilities,
-) -> Result<Vec<Layer>, Refusal> {
+) -> Result<Storage, Refusal> {
+    let mut retry = None;
     match config {
-        DeviceConfig::Disk(disk) => disk.check(id, qemu)?,
+        DeviceConfig::Disk(disk) => retry = disk.check(id, threaded, &host.run_dir, qemu)?,
         DeviceConfig::Nic(nic) => nic.check(id, shared_memory, qemu)?,
         DeviceConfig::Channel(channel) => channel.check(id, &host.run_dir)?,
         DeviceConfig::ScsiController(controller) => controller.check(id)?,
@@ -51,13 +53,14 @@ pub(super) fn check(
             );
         }
     }
-    match config.image() {
+    let chain = match config.image() {
         Some(path) => {
             let chain = host.chains.get(path).filter(|chain| !chain.is_empty());
-            chain.cloned().ok_or_else(|| Refusal::UnknownImage { id: id.clone(), path: path.to_owned() })
+            chain.cloned().ok_or_else(|| Refusal::UnknownImage { id: id.clone(), path: path.to_owned() })?
         }
-        None => Ok(Vec::new()),
-    }
+        None => Vec::new(),
+    };
+    Ok(Storage { chain, retry })
 }
 
 pub(super) fn seat(config: &DeviceConfig) -> Option<Seat> {
@@ -76,11 +79,11 @@ pub(super) fn needs(
     vm: &str,
     id: &DeviceId,
     config: &DeviceConfig,
-    chain: &[Layer],
+    storage: &Storage,
     host: &HostFacts,
 ) -> Vec<HostNeed> {
     match config {
-        DeviceConfig::Disk(disk) => disk.needs(chain),
+        DeviceConfig::Disk(disk) => disk.needs(id, storage, &host.run_dir),
         DeviceConfig::Nic(nic) => nic.needs(vm, id),
         DeviceConfig::Channel(channel) => channel.needs(id, &host.run_dir),
         DeviceConfig::Serial(_)

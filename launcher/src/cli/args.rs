@@ -5,6 +5,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use devices::host::Format;
+use devices::retry::AtTimeout;
+use devices::units::Millis;
+
 use crate::folders::VmName;
 
 const EXIT_CODES: &str = "\
@@ -110,6 +114,19 @@ pub enum Command {
     Attach(Attach),
     /// Take a device out: of the running VM, of its stored config, or both
     Detach(Detach),
+    /// Put another medium into a CD-ROM drive, or take it out
+    Media(Media),
+    /// Disks that retry: show them, try or fail them now, change how they retry
+    #[command(subcommand)]
+    Io(Io),
+    /// Read the beginning of an image: for an owner that must not wait for it
+    #[command(hide = true)]
+    IoProbe {
+        /// The image
+        image: PathBuf,
+    },
+    /// Make a disk of a running VM fail for a while, and tell what its policy does
+    Drill(Drill),
     /// Connect the terminal to a serial console; `^]` leaves
     Console {
         /// The VM
@@ -137,6 +154,9 @@ pub enum Command {
         /// Its arguments, a JSON object
         arguments: Option<String>,
     },
+    /// Look at images whose storage may hang, for another qvirt that must not
+    #[command(hide = true)]
+    ExamineImages,
     /// Undo what dead VMs left on the host
     Recover {
         /// The VM; default: all
@@ -145,12 +165,118 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Serve an image over NBD, and try again what fails; an owner starts one for each disk that wants it
+    #[command(hide = true)]
+    IoProxy(IoProxy),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Io {
+    /// Show where the disks that retry stand
+    Status {
+        /// The VM
+        vm: VmName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Try the storage of a suspended disk now
+    Retry {
+        /// The VM
+        vm: VmName,
+        /// The disk's id or target label
+        disk: String,
+    },
+    /// Report the error of a suspended disk to the guest now, as at its timeout
+    Fail {
+        /// The VM
+        vm: VmName,
+        /// The disk's id or target label
+        disk: String,
+    },
+    /// Change how a disk retries from now on; its config stays
+    Set {
+        /// The VM
+        vm: VmName,
+        /// The disk's id or target label
+        disk: String,
+        /// Time between two retries: 100ms, 2s
+        #[arg(long)]
+        interval: Option<Millis>,
+        /// How long to retry, 0ms for ever
+        #[arg(long)]
+        timeout: Option<Millis>,
+        /// What happens then: report, hold, pause, unplug
+        #[arg(long)]
+        at_timeout: Option<AtTimeout>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Media {
+    /// The VM
+    pub vm: VmName,
+    /// The drive's id or target label
+    pub drive: String,
+    #[command(subcommand)]
+    pub change: MediaChange,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum MediaChange {
+    /// Put an image in; what is in the drive is taken out
+    Insert {
+        /// The image
+        file: PathBuf,
+        /// Its format: raw, qcow2; default: raw
+        #[arg(long)]
+        format: Option<Format>,
+        /// Take the former medium out even if the guest has locked the drive
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        place: Where,
+    },
+    /// Take the medium out
+    Eject {
+        /// Do so even if the guest has locked the drive
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        place: Where,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Drill {
+    /// The VM
+    pub vm: VmName,
+    /// The disk's id or target label
+    pub disk: String,
+    /// How long its storage fails: 5s
+    #[arg(long, value_parser = duration)]
+    pub fail_for: Duration,
+    /// Let reads fail; default: everything
+    #[arg(long)]
+    pub reads: bool,
+    /// Let writes and flushes fail
+    #[arg(long)]
+    pub writes: bool,
+    /// Let flushes fail
+    #[arg(long)]
+    pub flushes: bool,
 }
 
 #[derive(Debug, Args)]
 pub struct Check {
     /// The VM file, or the name of a stored VM
     pub target: String,
+    /// Check it as one that a running VM is to migrate into: its disks must treat I/O errors as the source's do
+    #[arg(long, requires = "against")]
+    pub incoming: bool,
+    /// The source: what `qvirt status VM --json` printed there
+    #[arg(long, value_name = "STATUS.json", requires = "incoming")]
+    pub against: Option<PathBuf>,
     /// Print QEMU's command line, an option with its value a line
     #[arg(long)]
     pub argv: bool,
@@ -282,6 +408,55 @@ pub struct Detach {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// What `crate::proxy` needs to know.
+#[derive(Debug, Args)]
+pub struct IoProxy {
+    /// The NBD socket to serve on
+    #[arg(long)]
+    pub socket: PathBuf,
+    /// The control line's socket
+    #[arg(long)]
+    pub control: PathBuf,
+    /// The export's name
+    #[arg(long)]
+    pub name: String,
+    /// The image: a file or a block device
+    #[arg(long)]
+    pub file: PathBuf,
+    /// Open the image only for reading
+    #[arg(long)]
+    pub read_only: bool,
+    /// Keep out of the page cache
+    #[arg(long)]
+    pub direct: bool,
+    /// What to do with discarded blocks
+    #[arg(long, value_enum, default_value = "ignore")]
+    pub discard: Discard,
+    /// Serve at least so much: a file, such as a qcow2 image, grows up to there
+    #[arg(long, value_name = "SIZE")]
+    pub size: Option<devices::units::Size>,
+    /// From a failure to the next attempt: 100ms at least
+    #[arg(long, default_value = "1s", value_parser = duration)]
+    pub interval: Duration,
+    /// From the first failure to giving up; default: never
+    #[arg(long, value_parser = duration)]
+    pub timeout: Option<Duration>,
+    /// Try failed reads again
+    #[arg(long)]
+    pub retry_read: bool,
+    /// Try failed writes and flushes again
+    #[arg(long)]
+    pub retry_write: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Discard {
+    /// Leave them as they are
+    Ignore,
+    /// Give them up
+    Unmap,
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

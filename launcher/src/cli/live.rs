@@ -49,7 +49,7 @@ async fn row(folders: &Folders, vm: &VmName) -> print::Row {
         Err(_) => None,
     };
     let state = match (&status, folders.vm(vm).ok().and_then(|files| life(&files).ok())) {
-        (Some(status), _) => status.run.to_string(),
+        (Some(status), _) => print::state(status),
         (None, Some(Life::Orphan)) => "running without an owner".to_owned(),
         (None, Some(Life::Remains)) => "dead, to be recovered".to_owned(),
         (None, _) => "starting or ending".to_owned(),
@@ -128,8 +128,8 @@ pub async fn kill(vm: &VmName) -> Result<Exit, Problem> {
     Ok(Exit::Done)
 }
 
-/// How long an owner may take to end QEMU.
-const OWNER: Duration = Duration::from_secs(20);
+/// How long an owner may take to say what became of QEMU: it knows within two seconds.
+const OWNER: Duration = Duration::from_secs(5);
 
 /// Waits until the owner has cleared up and is gone: what was said to be over is over.
 pub async fn settled(folders: &Folders, vm: &VmName) -> Result<(), Problem> {

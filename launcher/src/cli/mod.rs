@@ -1,14 +1,17 @@
 //! The command line: what each command is called, what it takes, what it prints, and its exit code.
 //!
 //! Commands on a running VM are clients of its control socket, like any other QMP client. `args` has the words, `run` owns a VM,
-//! `live` asks owners, `stored` keeps configs, `plug` does attach and detach on either.
+//! `live` asks owners, `stored` keeps configs, `plug` does attach and detach on either, `proxy` serves one image.
 
 mod args;
 mod client;
 mod events;
+mod io;
 mod live;
+mod media;
 mod plug;
 mod print;
+mod proxy;
 mod run;
 mod stored;
 mod target;
@@ -70,6 +73,7 @@ failed!(
     crate::locks::LockError,
     crate::control::ControlError,
     crate::console::ConsoleError,
+    crate::proxy::ProxyError,
     crate::record::RecordError,
     crate::journal::JournalError,
     qmp_client::ConnectError,
@@ -112,8 +116,12 @@ impl From<crate::launch::LaunchError> for Problem {
 impl From<crate::adopt::AdoptError> for Problem {
     fn from(error: crate::adopt::AdoptError) -> Problem {
         use crate::adopt::AdoptError as E;
-        let refused = matches!(error, E::Owned { .. } | E::Orphan { .. });
-        Problem::of(if refused { Exit::Refused } else { Exit::Failed }, &error)
+        let exit = match error {
+            E::Owned { .. } | E::Orphan { .. } => Exit::Refused,
+            E::Held { .. } => Exit::Pending,
+            _ => Exit::Failed,
+        };
+        Problem::of(exit, &error)
     }
 }
 
@@ -141,7 +149,8 @@ pub fn main() -> ExitCode {
         }
     };
     log_to_stderr();
-    if !matches!(arguments.command, args::Command::Run(_) | args::Command::Console { .. }) {
+    use args::Command as C;
+    if !matches!(arguments.command, C::Run(_) | C::Console { .. } | C::IoProxy(_)) {
         end_quietly_on_a_closed_pipe();
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -163,7 +172,8 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// As every other tool does; Rust's runtime ignores SIGPIPE. Not for an owner, and not for a console, which has a terminal to restore.
+/// As every other tool does; Rust's runtime ignores SIGPIPE. Not for an owner or a proxy, whose clients
+/// come and go, and not for a console, which has a terminal to restore.
 #[allow(unsafe_code)]
 fn end_quietly_on_a_closed_pipe() {
     use nix::sys::signal::{SigHandler, Signal, signal};
@@ -203,9 +213,15 @@ async fn dispatch(arguments: args::Arguments) -> Result<Exit, Problem> {
         C::Leave { vm } => live::leave(&vm).await,
         C::Attach(attach) => plug::attach(attach).await,
         C::Detach(detach) => plug::detach(detach).await,
+        C::Media(media) => media::media(media).await,
+        C::Io(command) => io::io(command).await,
+        C::IoProbe { image } => io::probe(&image),
+        C::Drill(drill) => io::drill(drill).await,
         C::Console { vm, device, force } => live::console(&vm, device.as_deref(), force).await,
         C::Events { vms, json } => events::follow(&vms, json).await,
         C::Qmp { vm, command, arguments } => live::qmp(&vm, &command, arguments.as_deref()).await,
+        C::ExamineImages => Ok(crate::examine::answer_all().map(|()| Exit::Done)?),
         C::Recover { vm, json } => live::recover(vm.as_ref(), json).await,
+        C::IoProxy(arguments) => proxy::run(arguments).await,
     }
 }

@@ -130,7 +130,7 @@ fn say(vm: &VmName, outcome: &Detached) {
 }
 
 /// Whether the running VM and the stored config are meant.
-fn places(folders: &Folders, vm: &VmName, place: Where) -> Result<(bool, bool), Problem> {
+pub(super) fn places(folders: &Folders, vm: &VmName, place: Where) -> Result<(bool, bool), Problem> {
     let runs = matches!(target::life_of(folders, vm)?, Life::Owned | Life::Orphan | Life::Between);
     let is_stored = folders.config_file(vm).exists();
     if !runs && !is_stored {
@@ -201,32 +201,36 @@ async fn planned(folders: &Folders, vm: &VmName) -> Result<Vec<Placed>, Problem>
 }
 
 async fn removed(folders: &Folders, vm: &VmName, name: &str) -> Result<String, Problem> {
-    let config = target::stored(folders, vm)?;
-    // By the ids in the file; where that does not tell, by those that the devices get. The former works when an image is gone, too.
-    let (table, place) = match edit::find(&config.devices, name) {
-        Some(index) => {
-            let table = config.devices[index].table();
-            (table, config.devices[..index].iter().filter(|d| d.table() == table).count())
-        }
-        None => {
-            let devices = planned(folders, vm).await?;
-            let is =
-                |d: &&Placed| d.id.as_str() == name || d.label().is_some_and(|label| label.as_str() == name);
-            let Some(found) = devices.iter().find(is) else {
-                let known: Vec<&str> = devices.iter().map(|d| d.id.as_str()).collect();
-                let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-                return Err(Problem::new(
-                    Exit::Unknown,
-                    format!("the stored config of {vm} has no device {name}: it has {known}"),
-                ));
-            };
-            let table = found.config.table();
-            let same = devices.iter().filter(|d| d.config.table() == table);
-            (table, same.take_while(|d| d.id != found.id).count())
-        }
-    };
+    let (table, place) = place_of(folders, vm, name).await?;
     let text = std::fs::read_to_string(folders.config_file(vm))?;
     edit::remove(&text, table, place).map_err(|error| Problem::of(Exit::Usage, &error))
+}
+
+/// Where a device stands in the stored config: its table, and its place among those of that table.
+pub(super) async fn place_of(
+    folders: &Folders,
+    vm: &VmName,
+    name: &str,
+) -> Result<(&'static str, usize), Problem> {
+    let config = target::stored(folders, vm)?;
+    // By the ids in the file; where that does not tell, by those that the devices get. The former works when an image is gone, too.
+    if let Some(index) = edit::find(&config.devices, name) {
+        let table = config.devices[index].table();
+        return Ok((table, config.devices[..index].iter().filter(|d| d.table() == table).count()));
+    }
+    let devices = planned(folders, vm).await?;
+    let is = |d: &&Placed| d.id.as_str() == name || d.label().is_some_and(|label| label.as_str() == name);
+    let Some(found) = devices.iter().find(is) else {
+        let known: Vec<&str> = devices.iter().map(|d| d.id.as_str()).collect();
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        return Err(Problem::new(
+            Exit::Unknown,
+            format!("the stored config of {vm} has no device {name}: it has {known}"),
+        ));
+    };
+    let table = found.config.table();
+    let same = devices.iter().filter(|d| d.config.table() == table);
+    Ok((table, same.take_while(|d| d.id != found.id).count()))
 }
 
 enum Wanted {

@@ -3,10 +3,12 @@
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use devices::units::Size;
 use serde::Serialize;
 
 use crate::record::Stage;
-use crate::status::{DeviceStatus, Status};
+use crate::status::{DeviceStatus, IoState, IoStatus, Status};
+use crate::suspend::state::unix_ms;
 
 /// A VM in a list.
 #[derive(Debug, Serialize)]
@@ -77,12 +79,17 @@ pub fn status(status: &Status) -> io::Result<()> {
     };
     writeln!(out, "devices:  {}{moving}", status.devices.len())?;
     for device in &status.devices {
+        if let Some(retry) = &device.on_error {
+            writeln!(out, "on_error: {}: {retry}", device.name())?;
+        }
+    }
+    for device in &status.devices {
         let Some(fault) = &device.fault else { continue };
         let io_status = fault.io_status.as_deref().unwrap_or("unknown");
         writeln!(
             out,
             "fault:    {}: {} of {} failed: {} (action {}, {} events, io-status {io_status})",
-            name(device),
+            device.name(),
             fault.operation,
             fault.node,
             fault.cause,
@@ -90,7 +97,52 @@ pub fn status(status: &Status) -> io::Result<()> {
             fault.events,
         )?;
     }
+    for device in &status.devices {
+        let Some(io) = device.io.as_ref().filter(|io| io.state != IoState::Ok) else { continue };
+        writeln!(out, "i/o:      {}: {}", device.name(), io_words(io))?;
+    }
     status.warnings.iter().try_for_each(|warning| writeln!(out, "warning:  {warning}"))
+}
+
+/// A VM's state in a few words, with the disks whose storage does not work.
+pub fn state(status: &Status) -> String {
+    let disks = status.devices.iter().filter_map(|device| Some((device, device.io.as_ref()?)));
+    let troubled = disks.filter(|(_, io)| io.state != IoState::Ok);
+    let words = troubled.map(|(device, io)| format!("; {}: {}", device.name(), io.state));
+    std::iter::once(status.run.to_string()).chain(words).collect()
+}
+
+/// `qvirt io status`
+pub fn io(disks: &[&DeviceStatus]) -> io::Result<()> {
+    let cells = |disk: &&DeviceStatus| {
+        let io = disk.io.as_ref()?;
+        let counters = io.counters;
+        let counts =
+            [counters.suspensions, counters.retries, counters.recoveries, counters.timeouts, counters.hangs];
+        let mut row = vec![disk.id.clone(), disk.label.clone().unwrap_or_else(|| "-".to_owned())];
+        row.extend([disk.on_error.as_ref()?.engine.to_string(), io_words(io)]);
+        row.extend(counts.map(|count| count.to_string()));
+        Some(row)
+    };
+    let head = ["ID", "TARGET", "ENGINE", "STATE", "OUTAGES", "RETRIES", "RECOVERED", "TIMED-OUT", "HANGS"];
+    table(&head, &disks.iter().filter_map(cells).collect::<Vec<_>>())
+}
+
+/// Where a disk stands, in words.
+pub fn io_words(io: &IoStatus) -> String {
+    let Some(outage) = &io.outage else { return io.state.to_string() };
+    let state = match io.state {
+        IoState::Hung => "hangs, suspended".to_owned(),
+        state => state.to_string(),
+    };
+    let cause = match outage.cause.as_str() {
+        // QEMU has not said yet: 10.0 sends one event a second.
+        "" => "an error".to_owned(),
+        cause => format!("{}: {cause}", outage.operation),
+    };
+    let since = unix_ms().saturating_sub(outage.since_unix_ms) / 1000;
+    let action = outage.at_timeout.map(|action| format!(", at the timeout: {action}")).unwrap_or_default();
+    format!("{state} for {since}s, {} attempts, {} requests held{action} ({cause})", outage.attempts, io.held)
 }
 
 /// `qvirt devices`
@@ -111,6 +163,7 @@ pub fn devices(status: &Status) -> io::Result<()> {
             text(&d.address),
             text(&d.driver),
             stage.to_owned(),
+            size(d),
             text(&behind),
         ]
     };
@@ -125,9 +178,10 @@ pub fn devices(status: &Status) -> io::Result<()> {
             "-".into(),
             "present".into(),
             "-".into(),
+            "-".into(),
         ]);
     }
-    table(&["ID", "KIND", "TARGET", "SEAT", "DRIVER", "STATE", "BEHIND"], &rows)?;
+    table(&["ID", "KIND", "TARGET", "SEAT", "DRIVER", "STATE", "SIZE", "BEHIND"], &rows)?;
     let mut out = io::stdout().lock();
     writeln!(out)?;
     for seats in &status.seats {
@@ -138,12 +192,10 @@ pub fn devices(status: &Status) -> io::Result<()> {
     Ok(())
 }
 
-/// A device's id, with its label.
-fn name(device: &DeviceStatus) -> String {
-    match &device.label {
-        Some(label) => format!("{} ({label})", device.id),
-        None => device.id.clone(),
-    }
+/// A disk's capacity; a question mark says that it was so when its storage still worked.
+fn size(device: &DeviceStatus) -> String {
+    let Some(bytes) = device.size_bytes else { return "-".to_owned() };
+    format!("{}{}", Size::bytes(bytes), if device.size_stale { "?" } else { "" })
 }
 
 /// Days, hours, minutes and seconds since then.

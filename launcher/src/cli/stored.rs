@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use devices::Placed;
 use devices::spec::Numbers;
 use serde_json::json;
 
@@ -10,12 +11,17 @@ use super::{Exit, Problem, print, target};
 use crate::blueprint::Blueprint;
 use crate::config::VmConfig;
 use crate::folders::{Folders, VmName, write_durably};
+use crate::incoming;
 use crate::record::Launch;
+use crate::status::Status;
 
 /// `qvirt check`
 pub async fn check(args: Check) -> Result<Exit, Problem> {
     let folders = Folders::find()?;
     let blueprint = Blueprint::draw(target::config(&folders, &args.target)?, &folders).await?;
+    if let Some(status) = args.against.filter(|_| args.incoming) {
+        compare(&blueprint, &status)?;
+    }
     if args.argv {
         print_argv(&blueprint.binary, &argv(&blueprint));
         return Ok(Exit::Done);
@@ -26,12 +32,12 @@ pub async fn check(args: Check) -> Result<Exit, Problem> {
             .layout
             .devices()
             .iter()
-            .map(|d| json!({"id": d.id, "address": d.address, "config": d.config}))
+            .map(|d| json!({"id": d.id, "address": d.address, "config": d.config, "on_error": d.retry}))
             .collect();
         let value = json!({
             "name": blueprint.config.name, "qemu": blueprint.qemu.version, "machine": blueprint.machine.machine,
             "accel": blueprint.machine.accel, "accel-reason": blueprint.accel_reason, "devices": devices, "seats": seats,
-            "argv": argv(&blueprint),
+            "argv": argv(&blueprint), "warnings": warnings(&blueprint),
         });
         print::json(&value)?;
         return Ok(Exit::Done);
@@ -45,11 +51,40 @@ pub async fn check(args: Check) -> Result<Exit, Problem> {
         let address = device.address.as_ref().map(|a| format!(" on {a}")).unwrap_or_default();
         let label = device.label().map(|label| format!(" ({label})")).unwrap_or_default();
         println!("{} {}{label}{address}", device.config.table(), device.id);
+        if let Some(retry) = &device.retry {
+            println!("on_error of {}: {retry}", device.id);
+        }
     }
     for count in seats {
         println!("{}: {} of {} free", count.kind, count.free, count.total);
     }
+    warnings(&blueprint).iter().for_each(|warning| eprintln!("warning: {warning}"));
     Ok(Exit::Done)
+}
+
+/// What is allowed and yet worth a word.
+fn warnings(blueprint: &Blueprint) -> Vec<String> {
+    let of = |device: &Placed| Some(format!("{}: {}", device.id, device.retry.as_ref()?.warning()?));
+    blueprint.layout.devices().iter().filter_map(of).collect()
+}
+
+/// Refuses a VM that is to be migrated into and would treat I/O errors in another way than its source.
+fn compare(blueprint: &Blueprint, status: &Path) -> Result<(), Problem> {
+    let next = "name a file that `qvirt status VM --json` printed at the source";
+    let wrong = |reason: &dyn std::fmt::Display| {
+        Problem::new(Exit::Usage, format!("status {}: {reason}; {next}", status.display()))
+    };
+    let text = std::fs::read(status).map_err(|error| wrong(&error))?;
+    let source: Status = serde_json::from_slice(&text).map_err(|error| wrong(&error))?;
+    let found = incoming::differences(&blueprint.layout, &source);
+    if found.is_empty() {
+        return Ok(());
+    }
+    let found: Vec<String> = found.iter().map(ToString::to_string).collect();
+    Err(Problem::new(
+        Exit::Usage,
+        format!("config {}: {}", blueprint.config.path.display(), found.join("\n")),
+    ))
 }
 
 fn argv(blueprint: &Blueprint) -> Vec<String> {

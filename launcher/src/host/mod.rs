@@ -1,7 +1,9 @@
-//! The host's side of devices: interfaces, switches, vhost nodes, and meeting what a device needs of them.
+//! The host's side of devices: interfaces, switches, vhost nodes, and meeting what a device needs of them; and huge pages for the memory.
 
+pub mod io_proxy;
 pub mod link;
 pub mod need;
 pub mod ovs;
+pub mod pages;
 pub mod tap;
 pub mod vhost;

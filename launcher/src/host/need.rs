@@ -13,12 +13,15 @@ use devices::units::Mac;
 use devices::{DeviceId, Placed};
 use thiserror::Error;
 
+use super::io_proxy;
 use super::link::{self, BadLinkName, LinkError, LinkName};
 use super::ovs::{NewPort, Ovs, OvsError};
 use super::tap::{self, Create, TapError};
 use super::vhost::{VhostError, open_vhost_net};
 use crate::folders::VmName;
 use crate::lease::{Holder, LeaseError, LeaseKey, Leases, Mode, look};
+use crate::locks::LockError;
+use crate::process::SpawnError;
 
 /// A need that cannot be met, or not be given back.
 #[derive(Debug, Error)]
@@ -61,6 +64,32 @@ pub enum NeedError {
         /// The path.
         path: PathBuf,
     },
+    /// The process that is to serve an image does not.
+    #[error("disk {id}: its io-proxy does not serve image {}: {reason}; mend that and try again, {} has the details", image.display(), log.display())]
+    Proxy {
+        /// The disk.
+        id: DeviceId,
+        /// The image.
+        image: PathBuf,
+        /// Why.
+        reason: String,
+        /// Where it says more.
+        log: PathBuf,
+    },
+    /// It cannot be started.
+    #[error("the io-proxy")]
+    Spawn(#[from] SpawnError),
+    /// Whether it runs is not to be seen.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// It cannot be ended.
+    #[error("disk {id}: its io-proxy is still held by the kernel in I/O on {}: it ends when that storage answers or is gone", image.display())]
+    ProxyStays {
+        /// The disk.
+        id: DeviceId,
+        /// The image.
+        image: PathBuf,
+    },
     /// A socket file that cannot be removed.
     #[error("socket {}", path.display())]
     Socket {
@@ -81,6 +110,8 @@ pub struct Host {
     pub vm: VmName,
     /// Its runtime folder.
     pub run_dir: PathBuf,
+    /// The folder of its logs.
+    pub state_dir: PathBuf,
     /// Leases of the whole host.
     pub leases: Leases,
 }
@@ -98,6 +129,10 @@ impl Host {
                 Ok(descriptors.iter().cloned().zip(opened).collect())
             }
             HostNeed::Socket { path } => socket_is_free(Path::new(path)).map(|()| Vec::new()),
+            HostNeed::IoProxy(plan) => {
+                let log = self.state_dir.join(format!("{id}-io-proxy.log"));
+                io_proxy::start(id, plan, &log).map(|()| Vec::new())
+            }
         }
     }
 
@@ -115,6 +150,7 @@ impl Host {
             }
             // A tap that was made goes with its last descriptor; one that was there before stays as the user made it.
             HostNeed::Tap { .. } | HostNeed::VhostNet { .. } => Ok(()),
+            HostNeed::IoProxy(plan) => io_proxy::end(id, plan),
             HostNeed::Socket { path } => remove_socket(Path::new(path)),
         }
     }
@@ -124,6 +160,12 @@ impl Host {
         let outcomes: Vec<_> =
             device.needs.iter().rev().map(|need| self.give_back(&device.id, need)).collect();
         outcomes.into_iter().collect()
+    }
+
+    /// Gives back the images that a device had and has no more.
+    pub fn give_back_but(&self, device: &Placed) -> Result<(), NeedError> {
+        let images: Vec<&str> = crate::launch::images(std::slice::from_ref(device)).collect();
+        Ok(self.leases.release_device_but(&self.vm, &self.run_dir, device.id.as_str(), &images)?)
     }
 
     /// Leases an image for something that is no device: firmware.

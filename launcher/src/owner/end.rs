@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use devices::Placed;
 use nix::sys::signal::Signal as Unix;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -11,6 +12,7 @@ use super::{Locks, Owner, Reply, Signal, exit_words, not_now};
 use qmp_client::KnownEvent;
 
 use crate::control::event_line;
+use crate::launch::{GRACE, HELD, held_words};
 use crate::process::{Exit, last_lines};
 use crate::record::{Launch, Stage};
 use crate::request::{Class, Failure, Shutdown};
@@ -53,15 +55,18 @@ pub(super) struct Farewell {
     press_again: Option<Instant>,
     waiting: Vec<(Instant, Reply)>,
     kill_at: Option<Instant>,
-    killing: bool,
+    /// When a QEMU that was killed counts as held by the kernel.
+    held_at: Option<Instant>,
     killed: Vec<Reply>,
     reboot: Option<(Instant, Reply)>,
     signals: u32,
     silent_since: Option<Instant>,
 }
 
-/// How long QEMU has to flush and end on SIGTERM before SIGKILL.
-const GRACE: Duration = Duration::from_secs(5);
+/// How often SIGKILL is sent again.
+const KILL_AGAIN: Duration = Duration::from_secs(5);
+/// How long a job at work may take to learn that QEMU has ended.
+const LAST_JOB: Duration = Duration::from_secs(5);
 /// A guest that boots does not see the power button.
 const PRESS_AGAIN: Duration = Duration::from_secs(3);
 /// How long `qvirt run` waits for the guest after SIGTERM.
@@ -73,15 +78,25 @@ const SILENCE: Duration = Duration::from_secs(5);
 
 impl Farewell {
     pub(super) fn is_ending(&self) -> bool {
-        self.killing || self.shutdown.is_some()
+        self.is_killing() || self.shutdown.is_some()
+    }
+
+    pub(super) fn is_killing(&self) -> bool {
+        self.held_at.is_some()
+    }
+
+    fn is_held(&self) -> bool {
+        self.held_at.is_some_and(|held| held <= Instant::now())
     }
 
     pub(super) fn next_wake(&self) -> impl Iterator<Item = Instant> {
-        // Once it is killed nobody is answered before it has ended.
-        let deadlines = self.waiting.iter().map(|(deadline, _)| *deadline).min().filter(|_| !self.killing);
+        // Once it is killed nobody is answered before it has ended, or is known to be held.
+        let deadlines =
+            self.waiting.iter().map(|(deadline, _)| *deadline).min().filter(|_| !self.is_killing());
+        let held = self.held_at.filter(|held| *held > Instant::now());
         let silence = self.silent_since.map(|since| since + SILENCE);
         let reboot = self.reboot.as_ref().map(|(deadline, _)| *deadline);
-        [self.shutdown.map(|s| s.0), self.press_again, deadlines, self.kill_at, silence, reboot]
+        [self.shutdown.map(|s| s.0), self.press_again, deadlines, held, self.kill_at, silence, reboot]
             .into_iter()
             .flatten()
     }
@@ -132,6 +147,16 @@ impl Owner {
         });
     }
 
+    /// Resets the guest, as the reset button does. It drains every disk, so what is held is given back first: it ends with the reset.
+    pub(super) fn reset(&mut self, reply: Reply) {
+        self.io.give_back();
+        let qmp = self.qmp.clone();
+        tokio::spawn(async move {
+            let reset = qmp.call("system_reset", Value::Null).await;
+            let _ = reply.send(reset.map_err(|error| Failure::of(Class::Generic, &error)));
+        });
+    }
+
     /// The guest has shut down in the course of a reboot: reset, and go on.
     pub(super) fn go_on_rebooting(&mut self) {
         if self.run != VmState::Paused(crate::status::PauseReason::Shutdown) {
@@ -163,14 +188,42 @@ impl Owner {
         });
     }
 
-    /// Ends QEMU: SIGTERM, so that it flushes, then SIGKILL.
+    /// Ends QEMU: SIGTERM, so that it flushes, then SIGKILL; SIGKILL at once where a flush would wait for storage that is out of order.
     pub(super) fn kill(&mut self, reply: Option<Reply>) {
         self.farewell.killed.extend(reply);
-        if !self.farewell.killing {
-            self.farewell.killing = true;
-            self.farewell.kill_at = Some(Instant::now() + GRACE);
+        if self.farewell.is_killing() {
+            if self.farewell.is_held() {
+                self.tell_held();
+            }
+            return;
+        }
+        let now = Instant::now();
+        self.farewell.held_at = Some(now + HELD);
+        if self.io.any_suspended() {
+            self.io.give_back();
+            self.farewell.kill_at = Some(now);
+        } else {
+            self.farewell.kill_at = Some(now + GRACE);
             self.signal(Unix::SIGTERM);
         }
+    }
+
+    /// Tells everyone who waits for the end that the kernel holds QEMU.
+    fn tell_held(&mut self) {
+        let words = self.held_words().unwrap_or_default();
+        let waiting = self.farewell.waiting.drain(..).map(|(_, reply)| reply);
+        for reply in waiting.chain(self.farewell.killed.drain(..)) {
+            let _ = reply.send(Err(Failure::new(Class::Pending, &words)));
+        }
+    }
+
+    /// What is to be said of a QEMU that was killed and does not go.
+    pub(super) fn held_words(&self) -> Option<String> {
+        let any = self.io.any_suspended();
+        let blamed = |disk: &&Placed| !any || self.io.is_suspended(&disk.id);
+        let disks = self.layout.devices().iter().filter(blamed);
+        let images = disks.filter_map(|disk| disk.config.image());
+        self.farewell.is_held().then(|| held_words(&self.launch.vm, images))
     }
 
     fn signal(&self, signal: Unix) {
@@ -215,8 +268,11 @@ impl Owner {
         }
         if due(self.farewell.kill_at) {
             // Again and again: a task in uninterruptible I/O ends when the I/O does.
-            self.farewell.kill_at = Some(now + GRACE);
+            self.farewell.kill_at = Some(now + KILL_AGAIN);
             self.signal(Unix::SIGKILL);
+        }
+        if self.farewell.is_held() {
+            self.tell_held();
         }
         if let Some((_, reply)) = self.farewell.reboot.take_if(|(deadline, _)| *deadline <= now) {
             let qmp = self.qmp.clone();
@@ -229,7 +285,7 @@ impl Owner {
             );
             let _ = reply.send(Err(Failure::new(Class::Pending, desc)));
         }
-        if self.farewell.killing {
+        if self.farewell.is_killing() {
             return;
         }
         let vm = self.launch.vm.to_string();
@@ -275,6 +331,7 @@ impl Owner {
         for reply in waiting.chain(self.farewell.killed.drain(..)) {
             let _ = reply.send(Ok(json!({"outcome": "stopped", "reason": reason})));
         }
+        self.hang_up().await;
         // A job at work learns from the closed connection, and brings the workshop home.
         let shop = self.shop_when_home().await;
         let last_words = if in_order { String::new() } else { last_lines(&self.log, 10) };
@@ -298,7 +355,7 @@ impl Owner {
                 }
             }
         };
-        let _ = tokio::time::timeout(GRACE, wait).await;
+        let _ = tokio::time::timeout(LAST_JOB, wait).await;
         self.shop.take()
     }
 

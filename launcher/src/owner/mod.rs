@@ -15,6 +15,8 @@
 //! QEMU is asked, `end` the ways a VM stops.
 
 mod end;
+mod io;
+mod media;
 mod plug;
 mod truth;
 
@@ -22,7 +24,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use devices::{DeviceId, Layout};
+use devices::{DeviceConfig, DeviceId, Layout, Placed};
 use qmp_client::{Event, Events, KnownEvent, Qmp, Timestamp};
 use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -31,7 +33,9 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::control::{Envelope, event_line};
+use crate::launch::images;
 use crate::locks::OfdLock;
+use crate::notify::Notifier;
 use crate::process::{Exit, Process, keep_under_cap};
 use crate::record::{Entry, Launch, Stage};
 use crate::request::{Class, Failure, Request};
@@ -83,6 +87,7 @@ type Reply = oneshot::Sender<Result<Value, Failure>>;
 enum Finished {
     Work(Box<Workshop>, plug::Outcome),
     Look(Truth),
+    Io(io::IoNews),
     Facts(Box<crate::request::Attach>, Result<devices::host::HostFacts, Failure>, Reply),
 }
 
@@ -113,10 +118,15 @@ pub struct Owner {
     unwritten: BTreeSet<DeviceId>,
     /// What the journal is to learn when the job at work is done.
     unnoted: Vec<Entry>,
+    /// Capacities of disks in bytes, as last seen.
+    sizes: BTreeMap<DeviceId, u64>,
     /// Which device uses a node, as last seen.
     nodes: BTreeMap<String, DeviceId>,
     /// I/O errors of nodes that were not seen yet, with their times.
-    unmatched: Vec<(qmp_client::BlockIoError, i64)>,
+    unmatched: Vec<(qmp_client::BlockIoError, Timestamp)>,
+    /// Disks that retry.
+    io: io::Io,
+    notifier: Option<Notifier>,
     foreign: Vec<Foreign>,
     run: VmState,
     looking: bool,
@@ -166,7 +176,11 @@ impl Owner {
             .filter(|(_, s)| **s == Stage::Leaving)
             .map(|(id, _)| (id.clone(), Departure::new()))
             .collect();
+        let io = io::Io::new(Arc::clone(&born.shop.host));
+        let notify = born.launch.notify.clone();
         let mut owner = Owner {
+            io,
+            notifier: notify.map(|notify| Notifier::new(notify, born.launch.vm.clone())),
             log: born.log,
             process: born.process,
             qmp: qmp.clone(),
@@ -182,6 +196,7 @@ impl Owner {
             faults: born.faults,
             unwritten: BTreeSet::new(),
             unnoted: Vec::new(),
+            sizes: BTreeMap::new(),
             nodes: BTreeMap::new(),
             unmatched: Vec::new(),
             foreign: Vec::new(),
@@ -197,7 +212,8 @@ impl Owner {
             launch: born.launch,
             locks: Locks { _owner: born.owner_lock, _life: born.life },
         };
-        let truth = truth::look(qmp.clone(), owner.known()).await;
+        owner.begin_io();
+        let truth = truth::look(qmp.clone(), owner.known(), owner.io.hung().is_some()).await;
         owner.learn(truth);
         // The former owner may have died before it asked them, or between their end and the end of what they stood on.
         owner
@@ -241,12 +257,14 @@ impl Owner {
                 Some(done) = self.jobs.join_next() => match done {
                     Ok(Finished::Work(shop, outcome)) => self.on_outcome(shop, outcome),
                     Ok(Finished::Look(truth)) => self.on_truth(truth),
+                    Ok(Finished::Io(news)) => self.on_io(news),
                     Ok(Finished::Facts(attach, facts, reply)) => self.on_facts(attach, facts, reply),
                     Err(error) => {
                         warn!(%error, "a job was lost, and with it the journal: leaving the VM; `qvirt run` adopts it");
                         return self.left();
                     }
                 },
+                Some((id, news)) = self.io.news.recv() => self.on_proxy(&id, news),
                 () = until(wake) => self.on_time(),
                 _ = tick.tick() => self.on_tick(),
                 Some(signal) = signals.recv() => self.on_signal(signal),
@@ -256,8 +274,8 @@ impl Owner {
                 // What waits has not begun: whoever asked learns that the owner ended.
                 return self.left();
             }
-            if !talking && self.process.try_exited().is_none() && self.farewell.since_silence(Instant::now())
-            {
+            let is_abandoned = !talking && !self.farewell.is_killing() && self.process.try_exited().is_none();
+            if is_abandoned && self.farewell.since_silence(Instant::now()) {
                 warn!("QEMU closed its monitor and lives on: leaving it; `qvirt run` adopts it");
                 return self.left();
             }
@@ -268,6 +286,15 @@ impl Owner {
 
     fn on_request(&mut self, envelope: Envelope) {
         let Envelope { request, reply } = envelope;
+        let drains = match request {
+            Request::Attach(_) | Request::Detach(_) => Some("nothing is attached or detached"),
+            Request::Media(_) => Some("no medium is changed"),
+            _ => None,
+        };
+        if let Some(refusal) = drains.and_then(|what| self.io.hang_refusal(what)) {
+            let _ = reply.send(Err(refusal));
+            return;
+        }
         match request {
             Request::Attach(attach) => self.queue.push_back(Job::Facts(attach, reply)),
             Request::Devices => {
@@ -278,9 +305,19 @@ impl Owner {
                     .map(|d| json!({"id": d.id, "address": d.address, "config": d.config}));
                 let _ = reply.send(Ok(devices.collect()));
             }
+            Request::Media(media) => self.media(media, reply),
             Request::Detach(detach) => self.detach(&detach, reply),
             Request::Shutdown(shutdown) => self.shut_down(&shutdown, reply),
             Request::Reboot(shutdown) => self.reboot(&shutdown, reply),
+            Request::Reset => self.reset(reply),
+            Request::IoRetry(disk) => self.retry_io(&disk.id, reply),
+            Request::IoFail(disk) => self.fail_io(&disk.id, reply),
+            Request::IoSet(set) => self.set_io(&set, reply),
+            Request::Drill(drill) => self.drill(&drill, reply),
+            Request::Standstill(wanted) => {
+                self.io.want_pause(wanted);
+                let _ = reply.send(Ok(json!({})));
+            }
             Request::Kill => self.kill(Some(reply)),
             Request::Leave => {
                 self.farewell.leave = true;
@@ -313,19 +350,32 @@ impl Owner {
                     self.stays(&id, "the guest refused to let go of it".to_owned());
                 }
             }
-            KnownEvent::BlockIoError(error) => self.on_io_error(error, event.timestamp.seconds),
+            KnownEvent::BlockIoError(error) => self.on_io_error(error, event.timestamp),
             KnownEvent::Shutdown(shutdown) => self.farewell.cause = Some(shutdown.reason.to_string()),
-            KnownEvent::Stop | KnownEvent::Resume | KnownEvent::Reset(_) | KnownEvent::GuestPanicked(_) => {
-                self.look()
+            KnownEvent::Stop => {
+                self.io_stopped();
+                self.look();
             }
+            KnownEvent::Reset(_) => {
+                self.io_reset();
+                self.look();
+            }
+            KnownEvent::Resume => {
+                self.io_resumed();
+                self.look();
+            }
+            KnownEvent::GuestPanicked(_) => self.look(),
             _ => {}
         }
     }
 
-    /// An event of our own, to every client.
+    /// An event of our own, to every client and to the program of `notify`.
     fn announce(&self, name: &str, data: Value) {
         let event = Event { timestamp: Timestamp::now(), name: name.to_owned(), data };
         let _ = self.broadcast.send(event_line(&event));
+        if let Some(notifier) = &self.notifier {
+            notifier.tell(&event);
+        }
     }
 
     fn on_tick(&mut self) {
@@ -333,6 +383,7 @@ impl Owner {
             warn!(log = ?self.log, %error, "QEMU's log could not be kept under its cap");
         }
         self.write_faults();
+        self.watch_storage();
         self.shorten_journal();
         self.remind();
         if !self.departures.is_empty() {
@@ -370,13 +421,19 @@ impl Owner {
             address: placed.address.as_ref().map(ToString::to_string),
             driver: placed.spec.frontend.as_ref().map(|f| f.driver().to_owned()),
             backing: placed.backing(),
+            images: images(std::slice::from_ref(placed)).map(str::to_owned).collect(),
+            size_bytes: self.sizes.get(&placed.id).copied(),
+            size_stale: self.io.is_suspended(&placed.id),
             stage: self.stages.get(&placed.id).copied().unwrap_or(Stage::Present),
             pty: self.ptys.get(&placed.id.chardev()).cloned(),
             on_demand: placed.on_demand,
             fault: self.faults.get(&placed.id).cloned(),
+            policies: placed.policies(),
+            on_error: self.io.retry(&placed.id).or_else(|| placed.retry.clone()),
+            io: self.io.status(&placed.id),
         });
         let free = self.layout.topology().free_ports().count();
-        let mut warnings = Vec::new();
+        let mut warnings: Vec<String> = self.held_words().into_iter().collect();
         if free <= LOW_WATER {
             let ports = self.layout.topology().ports().len();
             warnings.push(format!(
@@ -386,10 +443,21 @@ impl Owner {
         Status {
             devices: devices.collect(),
             run: self.run.clone(),
+            boot_disk: self.boot_disk(),
             foreign: self.foreign.clone(),
             warnings,
             ..self.head()
         }
+    }
+
+    /// The disk that a reset boots from: the first by boot index, or the first in the config.
+    fn boot_disk(&self) -> Option<String> {
+        let disks = || self.layout.devices().iter().filter(|d| matches!(d.config, DeviceConfig::Disk(_)));
+        let is_hard = |d: &&Placed| matches!(&d.config, DeviceConfig::Disk(disk) if !disk.is_cdrom());
+        let by_index =
+            disks().filter(|d| d.config.bootindex().is_some()).min_by_key(|d| d.config.bootindex());
+        let first = by_index.or_else(|| disks().find(is_hard));
+        first.filter(|_| self.launch.machine.kernel.is_none()).map(|disk| disk.id.to_string())
     }
 
     fn head(&self) -> Status {
@@ -414,6 +482,7 @@ fn head(launch: &Launch) -> Status {
         qemu: launch.qemu.version.clone(),
         accel: launch.accel_reason.clone(),
         since_unix_secs: launch.since_unix_secs,
+        boot_disk: None,
         devices: Vec::new(),
         foreign: Vec::new(),
         seats: Vec::new(),

@@ -13,13 +13,15 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use super::media::Changed;
 use super::{Finished, Owner, Reply, not_now};
+use crate::examine::{Question, examine};
 use crate::launch::images;
 use crate::record::{Entry, Stage};
-use crate::request::{Attach, Attached, Class, Detach, Detached, Failure};
+use crate::request::{Attach, Attached, Class, Detach, Detached, Failure, Media};
 use crate::status::VmState;
 use crate::work::{Asked, StepError, WorkError, Workshop, dry_run};
-use crate::{blueprint, quirks, users};
+use crate::{quirks, users};
 
 /// Work that waits for the workshop, or for what must be known first.
 #[derive(Debug)]
@@ -28,6 +30,8 @@ pub(super) enum Job {
     Facts(Box<Attach>, Reply),
     /// Plan a device and make it.
     Attach(Box<Attach>, HostFacts, Reply),
+    /// Change the medium of a drive.
+    Media(Media, Reply),
     /// Ask a device to leave.
     Ask(DeviceId),
     /// Clear up behind a device that is gone.
@@ -39,6 +43,8 @@ pub(super) enum Job {
 pub(super) enum Outcome {
     /// Devices were made, or not.
     Attached(Vec<Placed>, Result<(), WorkError>, Reply),
+    /// A drive has another medium, or not.
+    Media(Box<Changed>),
     /// A device was asked to leave.
     Asked(DeviceId, Result<Asked, StepError>),
     /// A device's remains are gone, or not yet.
@@ -84,19 +90,30 @@ impl Departure {
 impl Owner {
     /// Begins the next piece of work, if nobody is at work.
     pub(super) fn start_next(&mut self) {
-        while self.shop.is_some() && !self.farewell.leave {
+        // What waits may drain, and QEMU would freeze while the storage of a disk hangs.
+        while self.shop.is_some() && !self.farewell.leave && self.io.hung().is_none() {
             let Some(job) = self.queue.pop_front() else { return };
             match job {
                 Job::Facts(attach, reply) => self.gather_facts(attach, reply),
                 Job::Attach(attach, facts, reply) => self.attach(*attach, &facts, reply),
+                Job::Media(media, reply) => self.begin_media(media, reply),
                 Job::Ask(id) => self.work(id, |mut shop, placed| async move {
                     let asked = shop.detach(&placed).await;
                     (shop, Outcome::Asked(placed.id, asked))
                 }),
-                Job::Clear(id) => self.work(id, |mut shop, placed| async move {
-                    let cleared = shop.clear(&placed).await;
-                    (shop, Outcome::Cleared(placed.id, cleared))
-                }),
+                Job::Clear(id) => {
+                    let (stand_ins, line) = self.stand_ins(&id);
+                    // The last writes still go through its proxy, which is not to be started anew from then on.
+                    let let_go = async move {
+                        if let Some(line) = line {
+                            line.end().await;
+                        }
+                    };
+                    self.work(id, |mut shop, placed| async move {
+                        let cleared = shop.clear(&placed, stand_ins, let_go).await;
+                        (shop, Outcome::Cleared(placed.id, cleared))
+                    });
+                }
             }
         }
     }
@@ -117,18 +134,17 @@ impl Owner {
 
     fn gather_facts(&mut self, attach: Box<Attach>, reply: Reply) {
         let Some(run_dir) = self.shop.as_ref().map(|shop| shop.host.run_dir.clone()) else { return };
-        if attach.device.image().is_none() {
-            let facts = HostFacts { run_dir: run_dir.to_string_lossy().into_owned(), ..HostFacts::default() };
+        let mut facts = HostFacts { run_dir: run_dir.to_string_lossy().into_owned(), ..HostFacts::default() };
+        let Some(question) = Question::of(&attach.device) else {
             return self.queue.push_front(Job::Attach(attach, facts, reply));
-        }
-        let device = attach.device.clone();
+        };
         self.jobs.spawn(async move {
-            let looked = tokio::task::spawn_blocking(move || blueprint::facts(&device, &run_dir)).await;
-            let facts = match looked {
-                Ok(Ok(facts)) => Ok(facts),
-                Ok(Err(error)) => Err(Failure::of(Class::Refused, &error)),
-                Err(error) => Err(Failure::of(Class::Generic, &error)),
-            };
+            let answer =
+                examine(std::slice::from_ref(&question)).await.into_iter().collect::<Result<Vec<_>, _>>();
+            let facts = answer.map_err(|words| Failure::new(Class::Refused, words)).map(|chains| {
+                facts.chains.extend(chains.into_iter().map(|chain| (question.path().to_owned(), chain)));
+                facts
+            });
             Finished::Facts(attach, facts, reply)
         });
     }
@@ -205,6 +221,7 @@ impl Owner {
         let has_frontend = placed.spec.frontend.is_some();
         departure.clearing = !has_frontend;
         self.departures.insert(placed.id.clone(), departure);
+        self.tend(&placed.id);
         self.queue.push_back(if has_frontend { Job::Ask(placed.id) } else { Job::Clear(placed.id) });
     }
 
@@ -216,24 +233,26 @@ impl Owner {
         match outcome {
             Outcome::Attached(parts, Ok(()), reply) => self.arrived(&parts, reply),
             Outcome::Attached(parts, Err(error), reply) => self.not_arrived(&parts, &error, reply),
+            Outcome::Media(changed) => self.on_changed(*changed),
             Outcome::Asked(id, asked) => self.on_asked(&id, asked),
             Outcome::Cleared(id, Ok(())) => self.gone(&id),
             Outcome::Cleared(id, Err(error)) => {
-                warn!(device = %id, %error, "could not clear up behind the device; trying again");
+                let error = crate::request::chain(&error);
+                warn!(device = %id, error, "could not clear up behind the device; trying again");
                 if let Some(departure) = self.departures.get_mut(&id) {
                     departure.clearing = false;
-                    departure.heard = format!(
-                        "the guest let go of it, but QEMU or the host did not: {}",
-                        crate::request::chain(&error)
-                    );
+                    departure.heard =
+                        format!("the guest let go of it, but QEMU or the host did not: {error}");
                 }
             }
         }
     }
 
     fn arrived(&mut self, parts: &[Placed], reply: Reply) {
-        // A console's pty is known only now.
-        let mut ask = parts.iter().any(|part| matches!(part.config, devices::DeviceConfig::Serial(_)));
+        // A console's pty and a disk's capacity are known only now.
+        let mut ask = parts.iter().any(|part| {
+            matches!(part.config, devices::DeviceConfig::Serial(_) | devices::DeviceConfig::Disk(_))
+        });
         self.outdated = true;
         for part in parts {
             info!(device = %part.id, address = ?part.address.as_ref().map(ToString::to_string), "attached");
@@ -245,6 +264,7 @@ impl Owner {
             // The guest may have thrown it out meanwhile.
             ask |= self.early.remove(&part.id);
         }
+        self.follow_layout();
         if ask {
             self.look();
         }
@@ -356,6 +376,8 @@ impl Owner {
         self.layout.remove(id);
         self.stages.remove(id);
         self.faults.remove(id);
+        self.forget_stand_ins(id);
+        self.sizes.remove(id);
         self.early.remove(id);
     }
 
@@ -387,7 +409,7 @@ impl Owner {
             .departures
             .values()
             .flat_map(|d| d.waiting.iter().map(|(deadline, _)| *deadline).chain(self.asks(d)));
-        waits.chain(self.farewell.next_wake()).min()
+        waits.chain(self.farewell.next_wake()).chain(self.io.next_wake()).min()
     }
 
     /// When a departure is to be asked for again: only while somebody waits.
@@ -417,6 +439,7 @@ impl Owner {
             }
         }
         self.on_farewell_time(now);
+        self.on_io_time(now);
     }
 }
 
@@ -439,12 +462,12 @@ fn attached(parts: &[Placed], commands: Vec<Value>) -> Value {
 }
 
 /// Whether a step failed for want of an answer.
-fn is_open(error: &StepError) -> bool {
+pub(super) fn is_open(error: &StepError) -> bool {
     matches!(error, StepError::Qmp { source: QmpError::TimedOut { .. }, .. })
 }
 
 /// Whether a step failed because somebody else has the thing: nothing was tried on the VM then.
-fn is_refusal(error: &StepError) -> bool {
+pub(super) fn is_refusal(error: &StepError) -> bool {
     use crate::host::need::NeedError;
     matches!(error, StepError::Host(NeedError::Lease(crate::lease::LeaseError::Held { .. })))
 }

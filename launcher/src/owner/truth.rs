@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use devices::DeviceId;
 use devices::address::{Address, Function, PciSeat, Slot};
-use qmp_client::{BlockIoError, Qmp, QmpError};
+use qmp_client::{BlockIoError, IoAction, Qmp, QmpError, Timestamp};
 use serde_json::{Value, json};
 use tracing::{debug, warn};
 
@@ -12,16 +12,11 @@ use super::plug::Job;
 use super::{Finished, Owner};
 use crate::record::Stage;
 use crate::status::{Foreign, IoFault, VmState};
+use crate::suspend::parking::Seat;
+use crate::suspend::turn::id_in;
 
 /// How many I/O errors wait to be matched at most: older QEMU sends thousands a second.
 const UNMATCHED: usize = 64;
-
-/// The device that QEMU means by an id, or by a QOM path such as `/machine/peripheral/disk0/virtio-backend`: `qdev` of `query-block` is the one
-/// for a SCSI disk, the other for virtio-blk.
-fn id_in(name: &str) -> Option<DeviceId> {
-    let name = if name.starts_with('/') { name.strip_prefix("/machine/peripheral/")? } else { name };
-    name.split('/').next()?.parse().ok()
-}
 
 /// What QEMU said. A question that failed is left unanswered, and nothing is concluded from it.
 #[derive(Debug, Default)]
@@ -31,12 +26,22 @@ pub(super) struct Truth {
     peripherals: Option<Vec<String>>,
     strangers: BTreeMap<String, Option<(String, u8)>>,
     ptys: Option<BTreeMap<String, String>>,
-    /// By the device's id or QOM path: `io-status`, and the node it uses.
-    disks: BTreeMap<String, (Option<String>, Option<String>)>,
+    /// By the device's id or QOM path.
+    disks: BTreeMap<String, DiskTruth>,
 }
 
-/// Asks everything, and the places of devices that are not `known`. Never fails as a whole.
-pub(super) async fn look(qmp: Qmp, known: Vec<String>) -> Truth {
+/// A disk, as QEMU has it.
+#[derive(Debug, Default)]
+struct DiskTruth {
+    io_status: Option<String>,
+    /// The node it uses.
+    node: Option<String>,
+    size_bytes: Option<u64>,
+}
+
+/// Asks everything, and the places of devices that are not `known`. Never fails as a whole. While storage is `hung` nothing is asked for which QEMU
+/// may look at an image.
+pub(super) async fn look(qmp: Qmp, known: Vec<String>, hung: bool) -> Truth {
     let ask = async |command: &str, arguments: Value| match qmp.call(command, arguments).await {
         Ok(value) => Some(value),
         Err(QmpError::Closed(_)) => None,
@@ -66,15 +71,16 @@ pub(super) async fn look(qmp: Qmp, known: Vec<String>) -> Truth {
         };
         ptys.iter().filter_map(pty).collect()
     });
-    for device in
-        ask("query-block", Value::Null).await.as_ref().and_then(Value::as_array).into_iter().flatten()
-    {
+    let blocks = if hung { None } else { ask("query-block", Value::Null).await };
+    for device in blocks.as_ref().and_then(Value::as_array).into_iter().flatten() {
         if let Some(path) = device["qdev"].as_str() {
             let text = |value: &Value| value.as_str().map(str::to_owned);
-            truth.disks.insert(
-                path.to_owned(),
-                (text(&device["io-status"]), text(&device["inserted"]["node-name"])),
-            );
+            let disk = DiskTruth {
+                io_status: text(&device["io-status"]),
+                node: text(&device["inserted"]["node-name"]),
+                size_bytes: device["inserted"]["image"]["virtual-size"].as_u64(),
+            };
+            truth.disks.insert(path.to_owned(), disk);
         }
     }
     truth
@@ -89,8 +95,8 @@ impl Owner {
         }
         self.looking = true;
         self.outdated = false;
-        let (qmp, known) = (self.qmp.clone(), self.known());
-        self.jobs.spawn(async move { Finished::Look(look(qmp, known).await) });
+        let (qmp, known, hung) = (self.qmp.clone(), self.known(), self.io.hung().is_some());
+        self.jobs.spawn(async move { Finished::Look(look(qmp, known, hung).await) });
     }
 
     /// What QEMU has of ours: whatever else it has is foreign.
@@ -127,19 +133,27 @@ impl Owner {
             }
         }
         self.ptys.extend(truth.ptys.into_iter().flatten());
-        for (path, (_, node)) in &truth.disks {
-            if let (Some(id), Some(node)) = (id_in(path), node) {
-                self.nodes.insert(node.clone(), id);
+        for (path, disk) in &truth.disks {
+            let Some(id) = id_in(path) else { continue };
+            let Some(node) = &disk.node else {
+                // An empty drive.
+                self.sizes.remove(&id);
+                continue;
+            };
+            self.nodes.insert(node.clone(), id.clone());
+            // A place that requests are parked in says nothing of the disk.
+            if let Some(bytes) = disk.size_bytes.filter(|_| Seat::of_node(node).is_none()) {
+                self.sizes.insert(id, bytes);
             }
         }
-        for (error, seconds) in std::mem::take(&mut self.unmatched) {
-            if !self.fault(&error, seconds) {
+        for (error, time) in std::mem::take(&mut self.unmatched) {
+            if !self.fault(&error, time) {
                 warn!(?error, "an I/O error of a device that qvirt does not know");
             }
         }
-        for (path, (status, _)) in truth.disks {
+        for (path, disk) in truth.disks {
             if let Some(fault) = id_in(&path).and_then(|id| self.faults.get_mut(&id)) {
-                fault.io_status = status;
+                fault.io_status = disk.io_status;
             }
         }
         if let Some(peripherals) = truth.peripherals {
@@ -201,15 +215,25 @@ impl Owner {
     }
 
     /// An I/O error: matched to its device at once, or after QEMU was asked which device uses the node.
-    pub(super) fn on_io_error(&mut self, error: BlockIoError, seconds: i64) {
-        if !self.fault(&error, seconds) && self.unmatched.len() < UNMATCHED {
-            self.unmatched.push((error, seconds));
+    pub(super) fn on_io_error(&mut self, error: BlockIoError, time: Timestamp) {
+        if error.node_name.as_deref().and_then(Seat::of_node).is_some() {
+            // What was parked was given back: that is no failure of the storage.
+            return;
+        }
+        // Of these there may be thousands a second, and they change nothing that QEMU could be asked.
+        let is_retry = matches!(&error.action, IoAction::Other(word) if word == "retry");
+        let is_known = self.fault(&error, time);
+        if is_known && is_retry {
+            return;
+        }
+        if !is_known && self.unmatched.len() < UNMATCHED {
+            self.unmatched.push((error, time));
         }
         self.look();
     }
 
     /// Keeps an I/O error in mind, by the device it belongs to; `false` if that is not known.
-    fn fault(&mut self, error: &BlockIoError, seconds: i64) -> bool {
+    fn fault(&mut self, error: &BlockIoError, time: Timestamp) -> bool {
         let by_path = error.qom_path.as_deref().and_then(id_in);
         let by_name = error.node_name.as_deref().and_then(DeviceId::of_node).map(|(id, _)| id);
         let by_use = error.node_name.as_ref().and_then(|node| self.nodes.get(node).cloned());
@@ -218,7 +242,10 @@ impl Owner {
         let placed = candidates.iter().flatten().find_map(|id: &DeviceId| self.layout.device(id.as_str()));
         let Some(placed) = placed else { return false };
         let id = placed.id.clone();
-        let former = self.faults.get(&id);
+        if self.is_parking(&id, error) {
+            return true;
+        }
+        let (former, seconds) = (self.faults.get(&id), time.seconds);
         let fault = IoFault {
             node: error.node_name.clone().unwrap_or_default(),
             operation: error.operation.to_string(),
@@ -239,6 +266,7 @@ impl Owner {
         }
         let is_first = former.is_none();
         self.faults.insert(id.clone(), fault);
+        self.io_failed(&id, error, time);
         self.unwritten.insert(id);
         if is_first {
             self.write_faults();

@@ -2,18 +2,16 @@
 //! QEMUs, two queue pairs each, and behaves as one host on the wire: 10.77.0.1, which answers ARP and ICMP echo. SIGTERM and SIGINT end it,
 //! and its socket goes with it.
 //!
-//! What the host answers is in `tests::vhost_user`; this file only moves frames between the guest's queues.
+//! What the host answers is in `tests::vhost_user`; this file only speaks the protocol.
 
-use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use nix::sys::signal::{SigSet, Signal};
-use tests::vhost_user::{relay, reply_to};
+use tests::vhost_user::{answer, relay};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{Error, VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
-use virtio_queue::QueueT;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier};
@@ -28,60 +26,22 @@ const QUEUE_SIZE: usize = 1024;
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
 const VIRTIO_NET_F_CTRL_VQ: u64 = 1 << 17;
 const VIRTIO_NET_F_MQ: u64 = 1 << 22;
-/// `struct virtio_net_hdr_v1`; all zero but its last member, the number of buffers, which is one.
-const HEADER: [u8; 12] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
 
 struct Nic {
     memory: Memory,
 }
 
-fn failed(error: impl std::fmt::Display) -> std::io::Error {
-    std::io::Error::other(error.to_string())
-}
-
 impl Nic {
-    /// Takes every frame the guest sent and puts the answers into the receive queue of the same pair. A frame that finds no room is lost,
-    /// as on any wire.
+    /// Answers every frame the guest sent, in the receive queue of the same pair.
     fn serve(&self, sent: &VringRwLock, received: &VringRwLock) -> std::io::Result<()> {
         let memory = self.memory.memory();
-        let mut answered = false;
-        loop {
-            let chain = sent.get_mut().get_queue_mut().pop_descriptor_chain(memory.clone());
-            let Some(chain) = chain else { break };
-            let head = chain.head_index();
-            let mut frame = Vec::new();
-            chain.reader(&*memory).map_err(failed)?.read_to_end(&mut frame)?;
-            sent.add_used(head, 0).map_err(failed)?;
-            let answer = frame.get(HEADER.len()..).and_then(reply_to);
-            if let Some(answer) = answer {
-                answered |= deliver(&memory, received, &answer)?;
-            }
-        }
+        let answered = answer(&memory, sent.get_mut().get_queue_mut(), received.get_mut().get_queue_mut())?;
         sent.signal_used_queue()?;
         if answered {
             received.signal_used_queue()?;
         }
         Ok(())
     }
-}
-
-fn deliver(
-    memory: &impl std::ops::Deref<Target = GuestMemoryMmap>,
-    queue: &VringRwLock,
-    frame: &[u8],
-) -> std::io::Result<bool> {
-    let chain = queue.get_mut().get_queue_mut().pop_descriptor_chain(&**memory);
-    let Some(chain) = chain else { return Ok(false) };
-    let head = chain.head_index();
-    let mut writer = chain.writer(&**memory).map_err(failed)?;
-    let room = writer.available_bytes() >= HEADER.len() + frame.len();
-    if room {
-        writer.write_all(&HEADER)?;
-        writer.write_all(frame)?;
-    }
-    let length = u32::try_from(writer.bytes_written()).map_err(failed)?;
-    queue.add_used(head, length).map_err(failed)?;
-    Ok(room)
 }
 
 impl VhostUserBackendMut for Nic {

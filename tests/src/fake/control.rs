@@ -103,6 +103,11 @@ impl Control {
         self.ask("fake-io-error", json!({"id": id, "operation": operation, "action": action}));
     }
 
+    /// A disk has done this many more requests.
+    pub fn io_done(&mut self, id: &str, count: u64) {
+        self.ask("fake-io-done", json!({"id": id, "count": count}));
+    }
+
     /// The events that came since the last call, without their timestamps; those that come within `patience` of now too.
     pub fn events(&mut self, patience: Duration) -> Vec<Value> {
         // What came before is read by a command; what comes later has the time given.

@@ -157,7 +157,12 @@ impl Core {
     }
 
     fn broadcast(&mut self, name: &str, data: &Value) {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        self.broadcast_of(SystemTime::now(), name, data);
+    }
+
+    /// An event of that moment: one that comes late says when it happened.
+    fn broadcast_of(&mut self, moment: SystemTime, name: &str, data: &Value) {
+        let now = moment.duration_since(UNIX_EPOCH).unwrap_or_default();
         let mut event = json!({
             "timestamp": {"seconds": now.as_secs(), "microseconds": now.subsec_micros()}, "event": name,
         });
@@ -178,7 +183,10 @@ impl Core {
                 let id = data.as_object().map(subject).unwrap_or_default();
                 match self.rules.event(&name, &id) {
                     Some(Delivery::Lose) => {}
-                    Some(Delivery::Late(ms)) => self.later(ms, move |core| core.broadcast(&name, &data)),
+                    Some(Delivery::Late(ms)) => {
+                        let moment = SystemTime::now();
+                        self.later(ms, move |core| core.broadcast_of(moment, &name, &data));
+                    }
                     Some(Delivery::Twice) => {
                         self.broadcast(&name, &data);
                         self.broadcast(&name, &data);
@@ -273,6 +281,7 @@ impl Core {
                 outcome.before.push(Effect::Remove(id.to_owned()));
             }
             "fake-eject" => return Err(Failure::absent(id)),
+            "fake-io-done" => self.machine.io_done(arguments)?,
             "fake-io-error" => outcome.before = self.machine.io_error(arguments)?,
             _ => {
                 let desc = format!("The command {name} has not been found");

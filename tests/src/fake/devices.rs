@@ -19,6 +19,8 @@ pub(super) struct Device {
     pub(super) leaving: bool,
     /// `ok`, `failed` or `nospace`.
     pub(super) io_status: &'static str,
+    /// Requests that were done.
+    pub(super) done: u64,
 }
 
 /// Kinds of bus, by QEMU's name.
@@ -150,6 +152,7 @@ impl Machine {
             hotplugged,
             leaving: false,
             io_status: "ok",
+            done: 0,
         };
         if hotplugged && !device.hotpluggable() {
             return refuse(format!("Bus '{}' does not support hotplugging", device.bus));

@@ -139,6 +139,15 @@ impl Machine {
         }
     }
 
+    /// Device `id` has done `count` more requests. Errors: there is none.
+    pub(super) fn io_done(&mut self, arguments: &Props) -> Result<(), Failure> {
+        let id = text(arguments, "id");
+        let device = self.devices.iter_mut().find(|device| device.id == id);
+        let device = device.ok_or_else(|| Failure::absent(id))?;
+        device.done += arguments.get("count").and_then(Value::as_u64).unwrap_or(1);
+        Ok(())
+    }
+
     /// A disk error of device `id`. Errors: there is none, or it has no disk.
     pub(super) fn io_error(&mut self, arguments: &Props) -> Result<Vec<Effect>, Failure> {
         let id = text(arguments, "id");
@@ -155,12 +164,15 @@ impl Machine {
             "operation": word("operation", "read"), "action": action, "nospace": nospace,
             "reason": word("reason", if nospace { "No space left on device" } else { "Input/output error" }),
         });
-        if !self.qemu.strict()
-            && let Some(members) = data.as_object_mut()
-        {
-            members.remove("qom-path");
+        if let Some(members) = data.as_object_mut() {
+            if self.qemu.retries() || !self.qemu.strict() {
+                members.remove("qom-path");
+            }
+            if self.qemu.retries() {
+                members.remove("nospace");
+            }
         }
-        if action != "report" {
+        if !matches!(action.as_str(), "report" | "retry") {
             device.io_status = if nospace { "nospace" } else { "failed" };
         }
         let mut effects = vec![Effect::event("BLOCK_IO_ERROR", data)];

@@ -13,7 +13,9 @@ use super::core::{Core, lock};
 use super::machine::{Machine, Props, text};
 use super::rules::{Rules, Start};
 use super::schema::Recorded;
-use super::{CONTROL, CONTROL_VARIABLE, DUMP_VARIABLE, Failure, RULES_VARIABLE, VERSION_VARIABLE};
+use super::{
+    CONTROL, CONTROL_VARIABLE, DUMP_VARIABLE, Failure, RETRIES_VARIABLE, RULES_VARIABLE, VERSION_VARIABLE,
+};
 
 /// Runs the fake with this process's command line and environment. Never returns.
 pub fn main() {
@@ -39,7 +41,9 @@ fn start(ending: &SigSet) -> Result<(), String> {
         eprintln!("{message}");
         std::process::exit(status);
     }
-    let mut machine = Machine::new(Recorded::of(&variable(VERSION_VARIABLE).unwrap_or_default()));
+    let recorded = Recorded::of(&variable(VERSION_VARIABLE).unwrap_or_default());
+    let retries = variable(RETRIES_VARIABLE).is_some();
+    let mut machine = Machine::new(if retries { recorded.with_retry() } else { recorded });
     build(&mut machine, &line)?;
     let core = Core::new(machine, rules);
     lock(&core).dump = variable(DUMP_VARIABLE).filter(|_| !line.probing).map(Into::into);

@@ -115,7 +115,7 @@ impl Machine {
         self.disks().map(one).collect()
     }
 
-    /// `query-blockstats`: nothing was read or written.
+    /// `query-blockstats`: nothing was written.
     pub(super) fn block_stats(&self) -> Value {
         let one = |device: &Device| {
             let zeros = [
@@ -130,8 +130,9 @@ impl Machine {
                 "failed_wr_operations",
                 "wr_highest_offset",
             ];
-            let stats: serde_json::Map<String, Value> =
+            let mut stats: serde_json::Map<String, Value> =
                 zeros.iter().map(|name| ((*name).to_owned(), json!(0))).collect();
+            stats.insert("rd_operations".to_owned(), json!(device.done));
             let mut block = json!({"device": "", "stats": stats, "qdev": Machine::qdev(device)});
             match text(&device.props, "drive") {
                 "" => {}

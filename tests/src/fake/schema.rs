@@ -85,6 +85,34 @@ impl Recorded {
         recorded
     }
 
+    /// The same QEMU, retrying by itself as openEuler's does: one more action of BLOCK_IO_ERROR, two more properties of a disk.
+    pub(super) fn with_retry(mut self) -> Recorded {
+        let property = |name: &str| Property {
+            name: name.to_owned(),
+            kind: "int64".to_owned(),
+            default: None,
+            description: None,
+        };
+        for driver in ["virtio-blk-pci", "scsi-hd", "scsi-cd"] {
+            let properties = self.devices.get_mut(driver).expect("it is recorded");
+            properties.extend(["retry_interval", "retry_timeout"].map(property));
+        }
+        let event = self.entries["BLOCK_IO_ERROR"].arg_type.as_ref().expect("it has data");
+        let action = self.entries[event].members.iter().find(|member| member.name == "action");
+        let action = action.expect("it has an action").kind.clone();
+        let mut schema: Vec<Value> = serde_json::from_str(self.schema.get()).expect("it was read before");
+        let words = schema.iter_mut().find(|entry| entry["name"] == *action).expect("its type is there");
+        let members = words["members"].as_array_mut().expect("an enum has members");
+        members.push(serde_json::json!({"name": "retry"}));
+        self.schema = serde_json::value::to_raw_value(&schema).expect("it is JSON");
+        self
+    }
+
+    /// Whether it retries by itself.
+    pub(super) fn retries(&self) -> bool {
+        self.devices["virtio-blk-pci"].iter().any(|property| property.name == "retry_interval")
+    }
+
     /// Whether QEMU wants JSON's own types for device properties: from 9.2 on.
     pub(super) fn strict(&self) -> bool {
         self.version["qemu"]["major"].as_u64() >= Some(10)

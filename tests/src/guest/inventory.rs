@@ -3,14 +3,26 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-/// What the guest sees, one device a line; `integration-images/guest/inventory` tells what stands in each.
+/// What the guest sees, one device a line; [`agent::inventory`] tells what stands in each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Inventory(pub BTreeSet<String>);
+pub struct Inventory {
+    lines: BTreeSet<String>,
+    devices: agent::inventory::Inventory,
+}
 
 impl Inventory {
-    /// The lines of one kind: `disk`, `cdrom`, `nic`, `channel`, `console`, `serial`, `pci`, `memory`, `cpus`.
+    pub(super) fn of_guest(devices: agent::inventory::Inventory) -> Inventory {
+        Inventory { lines: devices.lines(), devices }
+    }
+
+    /// The same, not as text.
+    pub fn devices(&self) -> &agent::inventory::Inventory {
+        &self.devices
+    }
+
+    /// The lines of one kind: `disk`, `cdrom`, `nic`, `usb`, `channel`, `console`, `serial`, `pci`, `memory`, `cpus`.
     pub fn of(&self, kind: &str) -> Vec<&str> {
-        self.0.iter().filter(|line| line.split(' ').next() == Some(kind)).map(String::as_str).collect()
+        self.lines.iter().filter(|line| line.split(' ').next() == Some(kind)).map(String::as_str).collect()
     }
 
     /// The disks, CD-ROM drives not among them.
@@ -30,14 +42,14 @@ impl Inventory {
 
     /// What `later` has and this has not, and the reverse.
     pub fn diff(&self, later: &Inventory) -> Difference {
-        let lines = |a: &Inventory, b: &Inventory| a.0.difference(&b.0).cloned().collect();
+        let lines = |a: &Inventory, b: &Inventory| a.lines.difference(&b.lines).cloned().collect();
         Difference { added: lines(later, self), removed: lines(self, later) }
     }
 }
 
 impl fmt::Display for Inventory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|line| writeln!(f, "  {line}"))
+        self.lines.iter().try_for_each(|line| writeln!(f, "  {line}"))
     }
 }
 
@@ -62,7 +74,8 @@ mod tests {
     use super::Inventory;
 
     fn inventory(lines: &[&str]) -> Inventory {
-        Inventory(lines.iter().map(|line| (*line).to_owned()).collect())
+        let lines = lines.iter().map(|line| (*line).to_owned()).collect();
+        Inventory { lines, ..Inventory::default() }
     }
 
     #[test]

@@ -51,7 +51,7 @@ fn carry(from: &UnixStream, to: &UnixStream) -> std::io::Result<()> {
 }
 
 #[allow(unsafe_code)]
-fn owned(fd: RawFd) -> OwnedFd {
+pub(crate) fn owned(fd: RawFd) -> OwnedFd {
     // SAFETY: the kernel has just made this descriptor for us, and nobody else knows its number.
     unsafe { OwnedFd::from_raw_fd(fd) }
 }

@@ -1,0 +1,162 @@
+//! `qvirt io-proxy`: an NBD server in front of one image that tries failed requests again, so that QEMU, and the guest, see no outage.
+//!
+//! ```text
+//! QEMU ──NBD──▶ disk ──▶ storage (threads)      disk: what is kept, when it is tried again and when given up (`retry`)
+//!                ▲
+//! owner ──JSON──▶ control                       told what is kept; may hurry it, give it up, park it, or play an outage
+//! ```
+//!
+//! One process per disk, which belongs to nobody: it runs until it is told to quit, or by SIGTERM. It takes no lock on its image and starts
+//! and watches nothing; that is the affair of whoever starts it.
+//!
+//! It can be killed and started again at any time: QEMU reconnects and sends again what was not answered. This also opens a device anew that
+//! was unplugged. The next one is to start when the last one has ended: until then a write of that one could still arrive, and it would remove
+//! the sockets. For the same reason an attempt that hangs in the storage is not answered before it returns, whatever people say.
+//!
+//! The control socket is there first. Until the image is open, clients wait on it; if it cannot be opened within [`OPENING`], those there are
+//! told `{"event": "failed", "error": "..."}`, and the process ends with status 1. The NBD socket is there before the first state is told.
+
+mod control;
+mod disk;
+mod retry;
+mod storage;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+use thiserror::Error;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Notify;
+
+use crate::control::{ControlError, bind};
+use crate::nbd::{Server, ServerError};
+pub use retry::Policy;
+pub use storage::Options;
+use storage::Storage;
+
+/// How long the image may take to open.
+pub const OPENING: Duration = Duration::from_secs(8);
+
+/// How long a proxy that cannot open its image waits for somebody to tell so.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// The shortest time between two attempts.
+pub const LEAST_INTERVAL: Duration = Duration::from_millis(100);
+
+/// What a proxy is to do.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The NBD socket to serve on.
+    pub socket: PathBuf,
+    /// The socket of the control line.
+    pub control: PathBuf,
+    /// The export's name.
+    pub name: String,
+    /// The image.
+    pub image: Options,
+    /// What to do about failures.
+    pub policy: Policy,
+}
+
+/// Why a proxy does not serve.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum ProxyError {
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    #[error("signals cannot be watched")]
+    Signals(#[source] io::Error),
+    #[error("image {} cannot be served; see that its storage works, and the rights on it of whoever runs qvirt", path.display())]
+    Open { path: PathBuf, source: io::Error },
+    #[error(
+        "image {} did not open within {} s: its storage hangs; start again when it works", path.display(), OPENING.as_secs()
+    )]
+    Hangs { path: PathBuf },
+}
+
+/// Serves until told to quit. Both sockets are gone afterwards.
+///
+/// # Errors
+/// The sockets cannot be made, or the image cannot be opened in time.
+pub async fn run(plan: Plan) -> Result<(), ProxyError> {
+    let mut terminated = signal(SignalKind::terminate()).map_err(ProxyError::Signals)?;
+    let listener = bind(&plan.control, 0o600)?;
+    let _removed = Removed(&plan.control);
+    let opened = tokio::select! {
+        opened = open(plan.image.clone()) => opened,
+        _ = terminated.recv() => return Ok(()),
+    };
+    match opened {
+        Ok((storage, size)) => {
+            serve(&plan, listener, disk::Disk::new(storage, size, plan.policy), terminated).await
+        }
+        Err(error) => {
+            tell(&listener, &error).await;
+            Err(error)
+        }
+    }
+}
+
+async fn serve(
+    plan: &Plan,
+    listener: UnixListener,
+    disk: disk::Disk,
+    mut terminated: Signal,
+) -> Result<(), ProxyError> {
+    let disk = Arc::new(disk);
+    let server = Server::bind(&plan.socket)?;
+    server.add(&plan.name, disk.clone());
+    let quit = Arc::new(Notify::new());
+    tokio::select! {
+        () = control::serve(listener, disk.clone(), quit.clone()) => {}
+        () = disk.tick() => {}
+        () = quit.notified() => {}
+        _ = terminated.recv() => {}
+    }
+    Ok(())
+}
+
+/// Opens an image in a thread that nobody waits for longer than [`OPENING`].
+async fn open(image: Options) -> Result<(Storage, u64), ProxyError> {
+    let path = image.path.clone();
+    let opening = tokio::task::spawn_blocking(move || {
+        let storage = Storage::open(image)?;
+        let size = storage.size()?;
+        Ok((storage, size))
+    });
+    match tokio::time::timeout(OPENING, opening).await {
+        Err(_) => Err(ProxyError::Hangs { path }),
+        Ok(opened) => opened
+            .unwrap_or_else(|panic| Err(panic.into()))
+            .map_err(|source| ProxyError::Open { path, source }),
+    }
+}
+
+/// Tells those on the control line why there will be no proxy.
+async fn tell(listener: &UnixListener, error: &ProxyError) {
+    let line = format!("{}\n", json!({"event": "failed", "error": crate::request::chain(error)}));
+    let told = async {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            // Who has left needs no telling.
+            let _ = stream.write_all(line.as_bytes()).await;
+        }
+    };
+    let _ = tokio::time::timeout(LAST_WORDS, told).await;
+}
+
+/// A socket that goes with its process.
+struct Removed<'a>(&'a Path);
+
+impl Drop for Removed<'_> {
+    fn drop(&mut self) {
+        // Gone already is as good.
+        let _ = std::fs::remove_file(self.0);
+    }
+}

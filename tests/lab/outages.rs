@@ -1,0 +1,119 @@
+//! Disks that retry, on storage that really fails: the guest's pattern never sees an error.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use tests::lab::host::faulty::{Behaviour, FaultyDisk};
+use tests::lab::{inside, step};
+use tests::qemu::QemuVersion;
+use tests::scene::{QUIET, Scene};
+use tests::storm::Storm;
+use tests::vm::AGENT_CHANNEL;
+
+#[test]
+fn device_mapper_fails_below_virtio_blk() {
+    inside(|| device_mapper(QemuVersion::V7_2, "virtio-blk"));
+}
+
+#[test]
+fn device_mapper_fails_below_virtio_scsi() {
+    inside(|| device_mapper(QemuVersion::V10_0, "virtio-scsi"));
+}
+
+fn device_mapper(version: QemuVersion, bus: &str) {
+    let storage = FaultyDisk::new("cloud", 4).expect("a disk of this test");
+    let mut scene = step("boot", || Scene::boot(version, QUIET, AGENT_CHANNEL));
+    let wish = format!("path={},bus={bus},cache=none,on_error.engine=hold", storage.path().display());
+    let storm = step("attach", || Storm::on(&mut scene, "cloud", &wish));
+    for behaviour in [Behaviour::Fails, Behaviour::ReadsFail, Behaviour::WritesFail] {
+        step(&format!("an outage: {behaviour:?}"), || {
+            storage.behave(behaviour).expect("device-mapper obeys");
+            storm.waits_for(&scene, "suspended");
+            // The guest's other work goes on.
+            assert_eq!(scene.guest.check("sleep 1; echo alive").expect("the guest runs").trim(), "alive");
+            let status = scene.vm.ok(&["status", "guest"]);
+            assert!(
+                status.lines().any(|line| line.starts_with("i/o:") && line.contains("cloud")),
+                "{status}"
+            );
+            storage.behave(Behaviour::Works).expect("device-mapper obeys");
+            storm.waits_for(&scene, "ok");
+            storm.is_unharmed(&mut scene, "after the repair");
+        });
+    }
+    println!("{}", storm.io(&scene));
+    step("detach", || storm.detach(&mut scene));
+    if version == QemuVersion::V10_0 {
+        step("a proxy dies in an outage", || a_proxy_dies(&mut scene, &storage, bus));
+    }
+    scene.end();
+}
+
+/// Its successor goes on with the outage and its clock.
+fn a_proxy_dies(scene: &mut Scene, storage: &FaultyDisk, bus: &str) {
+    let wish = format!("path={},bus={bus},cache=none,on_error.engine=proxy", storage.path().display());
+    let storm = Storm::on(scene, "far", &wish);
+    storage.behave(Behaviour::Fails).expect("device-mapper obeys");
+    storm.waits_for(scene, "suspended");
+    let (since, proxy) =
+        (storm.io(scene)["outage"]["since_unix_ms"].clone(), storm.proxy(scene).expect("a proxy"));
+    scene.vm.kill_process(proxy);
+    scene.vm.wait_for("another proxy", || storm.proxy(scene).is_some_and(|other| other != proxy));
+    let attempts = || storm.io(scene)["outage"]["attempts"].as_u64().unwrap_or_default();
+    let before = attempts();
+    scene.vm.wait_for("more attempts", || attempts() > before + 1);
+    assert_eq!(storm.io(scene)["outage"]["since_unix_ms"], since, "{}", scene.vm.owner_log());
+    storage.behave(Behaviour::Works).expect("device-mapper obeys");
+    storm.waits_for(scene, "ok");
+    storm.is_unharmed(scene, "after the repair");
+    assert_eq!(storm.count(scene, "suspensions"), 1, "one outage, two proxies: {}", storm.io(scene));
+    storm.leaves(scene);
+}
+
+/// A file system of its own, unmounted with the value.
+struct Small(std::path::PathBuf);
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_file_system_is_an_outage_until_there_is_room() {
+    inside(|| {
+        let mut scene = step("boot", || Scene::boot(QemuVersion::V10_0, QUIET, AGENT_CHANNEL));
+        let small = Small(scene.vm.path("small"));
+        std::fs::create_dir(&small.0).expect("a folder");
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", "size=12m", "small"]).arg(&small.0).status();
+        assert!(mounted.expect("mount runs").success(), "a small file system");
+        let (image, ballast) = (small.0.join("thin.img"), small.0.join("ballast"));
+        File::create(&image).and_then(|file| file.set_len(8 << 20)).expect("a thin image");
+        fill(&ballast, 8 << 20);
+        let wish = format!(
+            "path={},id=thin,serial=thin,on_error.write=retry,on_error.interval=200ms,on_error.engine=hold",
+            image.display()
+        );
+        step("attach", || scene.attach(["--disk", &wish], "disk", "serial=thin"));
+        let script =
+            format!("dd if=/dev/urandom of=/dev/{} bs=64k count=128 oflag=direct", scene.disk("thin"));
+        let writer = scene.guest.begin(&script).expect("a writer");
+        let outage = || scene.vm.device("thin")["io"]["outage"].clone();
+        step("the file system is full", || {
+            scene.vm.wait_for("the disk to be suspended", || outage()["nospace"] == true);
+            println!("{}", outage());
+        });
+        std::fs::remove_file(&ballast).expect("room is made");
+        let output = scene.guest.finish(writer, Duration::from_secs(60)).expect("the writer ends");
+        assert_eq!(output.status, 0, "the guest has seen no error: {output:?}");
+        scene.vm.wait_for("the end of the outage", || outage().is_null());
+        scene.end();
+    });
+}
+
+fn fill(path: &Path, bytes: usize) {
+    std::fs::write(path, vec![0; bytes]).expect("the ballast is written");
+}

@@ -1,0 +1,162 @@
+//! Disks that retry on storage that hangs: a suspended device-mapper device neither fails nor answers.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tests::guest::{PatternReport, PatternWish};
+use tests::lab::host::faulty::{Behaviour, FaultyDisk};
+use tests::lab::{inside, step};
+use tests::qemu::QemuVersion;
+use tests::scene::{QUIET, Scene};
+use tests::vm::AGENT_CHANNEL;
+
+/// How long `qvirt` may take to answer while storage hangs.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+/// A guest with a pattern on a disk whose storage does as it is told.
+struct Hanging {
+    scene: Scene,
+    storage: FaultyDisk,
+    name: String,
+    events: std::process::Child,
+}
+
+impl Hanging {
+    fn begin(version: QemuVersion, name: &str, more: &str) -> Hanging {
+        let storage = FaultyDisk::new(name, 16).expect("a disk of this test");
+        let mut scene = step("boot", || Scene::boot(version, QUIET, AGENT_CHANNEL));
+        let file = std::fs::File::create(scene.vm.path("events")).expect("made");
+        let mut command = scene.vm.command(&["events", "guest", "--json"]);
+        let events = command.stdout(file).spawn().expect("qvirt starts");
+        let disk = format!(
+            "path={},id=data,serial={name},cache=none,on_error.read=retry,on_error.write=retry,on_error.interval=500ms,\
+             on_error.engine=hold,{more}",
+            storage.path().display()
+        );
+        step("attach", || scene.attach(["--disk", &disk], "disk", &format!("serial={name}")));
+        let name = format!("/dev/{}", scene.disk(name));
+        scene.guest.pattern_start(&name, PatternWish::default()).expect("the pattern starts");
+        let mut hanging = Hanging { scene, storage, name, events };
+        hanging.goes_on("at the start");
+        hanging
+    }
+
+    /// Waits until the pattern has verified more blocks, without an error so far.
+    fn goes_on(&mut self, when: &str) -> PatternReport {
+        let before = self.scene.guest.pattern_report(&self.name).expect("a report").verified;
+        let more = |report: &PatternReport| report.verified > before + 20;
+        let what = format!("pattern that goes on {when}");
+        let report = self.scene.guest.wait_pattern(&self.name, &what, more).expect("it goes on");
+        assert_eq!((report.error_count, report.mismatch_count), (0, 0), "{when}: {report:#?}");
+        report
+    }
+
+    fn behaves(&self, behaviour: Behaviour) {
+        println!("the storage: {behaviour:?}");
+        self.storage.behave(behaviour).expect("device-mapper obeys");
+    }
+
+    fn io(&self) -> Value {
+        self.scene.vm.device("data")["io"].clone()
+    }
+
+    fn is(&self, state: &str) {
+        let begin = Instant::now();
+        let mut longest = Duration::ZERO;
+        loop {
+            let asked = Instant::now();
+            let io = self.io();
+            longest = longest.max(asked.elapsed());
+            if io["state"] == state {
+                println!("{state} after {:.1?}; a status took {longest:.1?} at most", begin.elapsed());
+                assert!(longest < AT_ONCE, "a status took {longest:?}");
+                return;
+            }
+            assert!(
+                begin.elapsed() < Duration::from_secs(30),
+                "not {state} but {io}:\n{}",
+                self.scene.vm.owner_log()
+            );
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn events(&self, name: &str) -> usize {
+        let text = std::fs::read_to_string(self.scene.vm.path("events")).unwrap_or_default();
+        text.lines().filter(|line| line.contains(&format!("{name:?}"))).count()
+    }
+
+    /// It hangs: everybody is told, nothing is done that drains, and the answers come at once.
+    fn is_seen_to_hang(&self) {
+        self.is("hung");
+        let vm = &self.scene.vm;
+        let begin = Instant::now();
+        let why =
+            ["I/O of disk data", "nothing is attached or detached while the storage of disk data hangs"];
+        for (id, why) in ["data", "con0"].into_iter().zip(why) {
+            let output = vm.qvirt(&["detach", "guest", id]);
+            assert!(
+                output.code == 3 && output.stderr.contains(why) && output.stderr.contains("hangs"),
+                "{output}"
+            );
+        }
+        for arguments in [&["list"][..], &["status", "guest"], &["io", "status", "guest"]] {
+            let text = vm.ok(arguments);
+            print!("$ qvirt {}\n{text}", arguments.join(" "));
+            assert!(text.contains("hangs"), "{text}");
+        }
+        println!("five answers in {:.1?}", begin.elapsed());
+        assert!(begin.elapsed() < AT_ONCE * 5);
+    }
+
+    fn end(mut self) {
+        println!("{}\n{}", self.io(), self.scene.vm.owner_log());
+        self.scene.guest.pattern_stop(&self.name).expect("the pattern ends");
+        let verdict = self.scene.guest.pattern_verify(&self.name).expect("a verdict");
+        assert_eq!((verdict.mismatch_count, verdict.stale), (0, 0), "{verdict:#?}");
+        self.scene.vm.ok(&["detach", "guest", "data", "--wait", "30s"]);
+        // It is ours and not reaped.
+        self.events.kill().expect("it runs for ever");
+        self.events.wait().expect("it is our child");
+        self.scene.end();
+    }
+}
+
+/// Storage that hangs while it is used, and storage that hangs when it is to be tried again.
+fn hangs_twice(mut disk: Hanging) {
+    step("the storage hangs while the guest uses it", || {
+        disk.behaves(Behaviour::Stalls);
+        disk.is_seen_to_hang();
+        disk.scene.vm.kill_owner();
+        disk.scene.vm.start();
+        assert_eq!(disk.io()["state"], "hung", "the next owner knows at once");
+        // Whoever follows events finds the next owner a moment later, and must not miss the end.
+        disk.scene.vm.wait_for("the follower", || disk.events("QVIRT_OWNER_BACK") == 1);
+        disk.behaves(Behaviour::Works);
+        disk.is("ok");
+        disk.goes_on("after the hang");
+    });
+    step("the storage fails, then hangs, then works", || {
+        disk.behaves(Behaviour::Fails);
+        disk.is("suspended");
+        disk.scene.vm.wait_for("attempts", || disk.io()["counters"]["retries"].as_u64() >= Some(3));
+        disk.behaves(Behaviour::Stalls);
+        disk.is_seen_to_hang();
+        disk.behaves(Behaviour::Works);
+        disk.is("ok");
+        disk.goes_on("after the outage");
+    });
+    assert_eq!((disk.events("QVIRT_IO_HUNG"), disk.events("QVIRT_IO_ANSWERS")), (2, 2));
+    assert_eq!(disk.io()["counters"]["hangs"], 2);
+    disk.end();
+}
+
+#[test]
+fn a_virtio_blk_disk_hangs_and_the_guest_never_knows() {
+    inside(|| hangs_twice(Hanging::begin(QemuVersion::V10_0, "stuckblk", "bus=virtio-blk")));
+}
+
+#[test]
+fn a_scsi_disk_hangs_and_the_guest_never_knows() {
+    inside(|| hangs_twice(Hanging::begin(QemuVersion::V7_2, "stuckscsi", "bus=scsi")));
+}

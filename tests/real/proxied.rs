@@ -1,0 +1,162 @@
+//! Disks behind a proxy, while a guest writes, reads and verifies a pattern on them all the time: outages, timeouts, and deaths of owner and proxy. The
+//! storage fails by a drill, in the proxy.
+
+use serde_json::json;
+use tests::guest::PatternReport;
+use tests::on_both;
+use tests::qemu::{QemuVersion, images};
+use tests::storm::Storm;
+use tests::vm::finished;
+
+use crate::faults::Follower;
+use crate::suspension::{boot, in_time};
+
+on_both! {
+    held => an_outage_that_ends_in_time,
+    reported => timeouts_that_the_guest_is_told_of,
+    deaths => owners_and_proxies_that_die,
+    drained => drains_while_requests_are_held,
+    acts => other_acts_at_the_timeout,
+    qcow2 => images_that_grow,
+}
+
+const PROXY: &str = "on_error.engine=proxy";
+
+fn an_outage_that_ends_in_time(version: QemuVersion) {
+    let (mut scene, storm) = in_time(version, "proxy");
+    storm.leaves(&mut scene);
+    scene.end();
+}
+
+fn timeouts_that_the_guest_is_told_of(version: QemuVersion) {
+    let mut scene = boot(version);
+    let people = Follower::start(&scene.vm, "events.txt", &[]);
+    for (id, bus) in [("blk", "virtio-blk"), ("lun", "virtio-scsi")] {
+        let storm = Storm::begin(&mut scene, id, &format!("bus={bus},{PROXY},on_error.timeout=1s"));
+        storm.fail_for(&scene, 4000);
+        let told = |report: &PatternReport| report.error_count > 0;
+        scene.guest.wait_pattern(&storm.name, "the error", told).expect("the guest is told");
+        storm.waits_for(&scene, "timed-out");
+        assert_eq!(scene.guest.check("echo alive").expect("the guest lives").trim(), "alive");
+        storm.waits_for(&scene, "ok");
+        let before = storm.report(&mut scene).error_count;
+        let report = storm.goes_on(&mut scene, "after the repair, without a restart");
+        assert_eq!((report.error_count, report.mismatch_count), (before, 0), "{report:#?}");
+        assert_eq!(storm.count(&scene, "timeouts"), 1);
+        let device = format!("device={id}");
+        let told = people.lines(&["QVIRT_IO_TIMED_OUT", &device, "action=report"]);
+        assert_eq!(told.len(), 1, "{}", people.text());
+        scene.guest.pattern_stop(&storm.name).expect("the pattern ends");
+    }
+    drop(people);
+    scene.end();
+}
+
+fn owners_and_proxies_that_die(version: QemuVersion) {
+    let mut scene = boot(version);
+    let storm = Storm::begin(&mut scene, "blk", &format!("{PROXY},on_error.timeout=10m"));
+    // The owner, in an outage: the same proxy goes on.
+    storm.fail_for(&scene, 4000);
+    storm.waits_for(&scene, "suspended");
+    let (since, proxy) = (storm.io(&scene)["outage"]["since_unix_ms"].clone(), storm.proxy(&scene));
+    scene.vm.kill_owner();
+    scene.vm.start();
+    assert_eq!((storm.io(&scene)["outage"]["since_unix_ms"].clone(), storm.proxy(&scene)), (since, proxy));
+    storm.waits_for(&scene, "ok");
+    storm.is_unharmed(&mut scene, "after the owner died");
+    // The proxy, with requests in flight.
+    for round in 0..3 {
+        let proxy = storm.proxy(&scene).expect("a proxy");
+        scene.vm.kill_process(proxy);
+        scene.vm.wait_for("another proxy", || storm.proxy(&scene).is_some_and(|other| other != proxy));
+        storm.is_unharmed(&mut scene, &format!("after proxy {round} died"));
+    }
+    // Both, the proxy first while nobody can start another one.
+    let (owner, proxy) = (scene.vm.owner_pid(), storm.proxy(&scene).expect("a proxy"));
+    scene.vm.kill_process(owner);
+    scene.vm.kill_process(proxy);
+    scene.vm.start();
+    storm.is_unharmed(&mut scene, "after both died");
+    scene.end();
+}
+
+fn drains_while_requests_are_held(version: QemuVersion) {
+    let mut scene = boot(version);
+    let storm = Storm::begin(&mut scene, "blk", PROXY);
+    let other = Storm::begin(&mut scene, "other", "bus=scsi,on_error.engine=hold");
+    // Turns of another disk.
+    storm.fail_for(&scene, 6000);
+    storm.waits_for(&scene, "suspended");
+    other.fail_for(&scene, 2000);
+    other.waits_for(&scene, "suspended");
+    other.waits_for(&scene, "ok");
+    other.is_unharmed(&mut scene, "beside a disk that fails");
+    assert_eq!(storm.io(&scene)["state"], "suspended");
+    storm.waits_for(&scene, "ok");
+    storm.is_unharmed(&mut scene, "after turns of another disk");
+    // A pause.
+    storm.fail_for(&scene, 3000);
+    storm.waits_for(&scene, "suspended");
+    scene.vm.ok(&["pause", "guest"]);
+    scene.vm.ok(&["resume", "guest"]);
+    assert_eq!(scene.guest.check("echo alive").expect("the guest lives").trim(), "alive");
+    storm.waits_for(&scene, "ok");
+    storm.is_unharmed(&mut scene, "after a pause");
+    // The end.
+    storm.fail_for(&scene, 60_000);
+    storm.waits_for(&scene, "suspended");
+    scene.end();
+}
+
+fn other_acts_at_the_timeout(version: QemuVersion) {
+    let mut scene = boot(version);
+    let wish = |act: &str| format!("{PROXY},on_error.timeout=1s,on_error.at_timeout={act}");
+    let storm = Storm::begin(&mut scene, "holder", &wish("hold"));
+    storm.fail_for(&scene, 3000);
+    storm.waits_for(&scene, "timed-out");
+    storm.waits_for(&scene, "ok");
+    storm.is_unharmed(&mut scene, "after a timeout that holds");
+    // By hand, before its time.
+    scene.vm.qmp("qvirt-io-set", &json!({"id": "holder", "timeout": "10m"}));
+    storm.fail_for(&scene, 4000);
+    storm.waits_for(&scene, "suspended");
+    scene.vm.ok(&["io", "fail", "guest", "holder"]);
+    let told = |report: &PatternReport| report.error_count > 0;
+    scene.guest.wait_pattern(&storm.name, "the error", told).expect("the guest is told");
+    storm.waits_for(&scene, "ok");
+    scene.guest.pattern_stop(&storm.name).expect("the pattern ends");
+
+    let storm = Storm::begin(&mut scene, "pauser", &wish("pause"));
+    storm.fail_for(&scene, 2500);
+    scene.vm.wait_for("the VM to be paused", || scene.vm.status()["reason"] == "io-error");
+    assert_eq!(storm.io(&scene)["state"], "timed-out");
+    scene.vm.wait_for("the end of the drill", || {
+        scene.vm.ok(&["resume", "guest"]);
+        storm.io(&scene)["state"] == "ok"
+    });
+    storm.is_unharmed(&mut scene, "after a pause");
+    scene.guest.pattern_stop(&storm.name).expect("the pattern ends");
+
+    let storm = Storm::begin(&mut scene, "leaver", &format!("bus=scsi,{}", wish("unplug")));
+    storm.fail_for(&scene, 60_000);
+    scene.vm.wait_for("the disk to be unplugged", || scene.vm.device("leaver").is_null());
+    assert_eq!(scene.guest.check("echo alive").expect("the guest lives").trim(), "alive");
+    scene.end();
+}
+
+fn images_that_grow(version: QemuVersion) {
+    let mut scene = boot(version);
+    for (id, more) in [("blk", "cache=none,iothread=io1"), ("lun", "bus=scsi,scsi.controller=1")] {
+        let image = scene.vm.qcow2(&format!("{id}.qcow2"), Ok(16));
+        let storm = Storm::on(&mut scene, id, &format!("path={image},format=qcow2,{more},{PROXY}"));
+        storm.drill(&scene, "700ms", &[]);
+        storm.is_unharmed(&mut scene, "after the outage");
+        storm.leaves(&mut scene);
+        let mut command = std::process::Command::new(images().qemu_img(version));
+        command.args(["check", "-f", "qcow2", &image]).stdin(std::process::Stdio::null());
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+        let checked = finished(command.spawn().expect("qemu-img starts"));
+        assert!(checked.code == 0 && checked.stdout.contains("No errors"), "{checked}");
+    }
+    scene.end();
+}

@@ -1,0 +1,99 @@
+//! What is refused while the storage of a disk fails: at once, naming the disk; and what ends such a VM.
+
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tests::guest::{BOOT, PatternWish};
+use tests::on_both;
+use tests::qemu::QemuVersion;
+use tests::refusals::{each_is_refused, is_refused};
+use tests::scene::{QUIET, Scene};
+use tests::vm::{AGENT_CHANNEL, Vm, finished};
+
+on_both! {
+    refused => while_a_disk_is_suspended,
+    boot_disk => while_the_boot_disk_is_suspended,
+}
+
+/// What a command that is answered at once may take on a loaded machine.
+const AT_ONCE: Duration = Duration::from_secs(3);
+
+/// Lets the storage of disk `data` fail while the guest uses it; gives the program that does.
+fn suspend(scene: &mut Scene) -> Child {
+    let name = format!("/dev/{}", scene.disk("data"));
+    scene.guest.pattern_start(&name, PatternWish::default()).expect("the pattern starts");
+    scene.guest.wait_pattern(&name, "pattern", |report| report.verified > 0).expect("it goes on");
+    let mut drill = scene.vm.command(&["drill", "guest", "data", "--fail-for", "25s"]);
+    let drill = drill.spawn().expect("qvirt starts");
+    scene.vm.wait_for("the suspension", || scene.vm.device("data")["io"]["state"] == "suspended");
+    drill
+}
+
+fn while_a_disk_is_suspended(version: QemuVersion) {
+    let drive = "[[disk]]\nid = \"cd0\"\ndevice = \"cdrom\"\n";
+    let mut scene = Scene::boot(version, QUIET, &format!("{AGENT_CHANNEL}{drive}"));
+    let image = scene.vm.raw("data.img", 16, "x");
+    let wish = "on_error.read=retry,on_error.write=retry,on_error.interval=300ms,on_error.engine=hold";
+    scene.attach(["--disk", &format!("path={image},id=data,serial=data,{wish}")], "disk", "serial=data");
+    scene.vm.wait_for("the capacity", || scene.vm.device("data")["size_bytes"] == json!(16 << 20));
+    let drill = suspend(&mut scene);
+    let near = scene.vm.raw("near.img", 1, "x");
+    each_is_refused(&scene.vm, &near, AT_ONCE, &["is refused: I/O of disk data (vda) is suspended since "]);
+    let devices = scene.vm.ok(&["devices", "guest"]);
+    assert!(devices.contains(" 16MiB? "), "the last known capacity: {devices}");
+    // What others have is not refused.
+    scene.vm.ok(&["attach", "guest", "--nic", "user=true,id=net"]);
+
+    // It ends what is held: the guest boots anew while the storage still fails.
+    assert_eq!(scene.vm.device("data")["io"]["state"], "suspended");
+    scene.vm.ok(&["reset", "guest"]);
+    scene.guest = scene.vm.guest();
+    scene.guest.wait_ready(BOOT).expect("the guest boots again");
+    assert_eq!(scene.vm.status()["state"], "running");
+    println!("qvirt drill: {}", finished(drill));
+    scene.vm.wait_for("the end of the suspension", || scene.vm.device("data")["io"]["state"] == "ok");
+
+    let drill = suspend(&mut scene);
+    let begin = Instant::now();
+    scene.vm.ok(&["kill", "guest"]);
+    assert!(begin.elapsed() < AT_ONCE, "{:?}", begin.elapsed());
+    println!("qvirt drill: {}", finished(drill));
+    scene.vm.nothing_left();
+}
+
+/// A boot sector that has the firmware read the next one for ever, by the disk that it was booted from (int 13h, function 42h).
+const READER: &[u8] =
+    b"\x31\xc0\x8e\xd8\x8e\xc0\x8e\xd0\xbc\x00\x7c\xb4\x42\xbe\x14\x7c\xcd\x13\xeb\xf7\x10\0\x01\0\0\x80\0\0\x01";
+
+/// A reset would find nothing to boot from, whichever engine keeps the disk from the start.
+fn while_the_boot_disk_is_suspended(version: QemuVersion) {
+    for engine in ["hold", "proxy"] {
+        let vm = Vm::new(version, QUIET, 8, "");
+        let mut sector = READER.to_vec();
+        sector.resize(510, 0);
+        sector.extend(b"\x55\xaa");
+        let image = vm.raw("sys.img", 1, "");
+        std::fs::write(&image, [sector, vec![b'x'; 1 << 20]].concat()).expect("the image is written");
+        let text = std::fs::read_to_string(vm.config()).expect("the VM file");
+        let (head, rest) = text.split_once("[kernel]").expect("a kernel");
+        let (_, rest) = rest.split_once("[pcie]").expect("ports");
+        let on_error = format!("{{ read = \"retry\", interval = \"300ms\", engine = \"{engine}\" }}");
+        let disk =
+            format!("[[disk]]\nid = \"sys\"\npath = {image:?}\nbootindex = 1\non_error = {on_error}\n");
+        std::fs::write(vm.config(), format!("{head}[pcie]{rest}\n{disk}")).expect("the VM file is written");
+        vm.start();
+        let is = |state: &str| vm.device("sys")["io"]["state"] == state;
+        let mut drill = vm.command(&["drill", "guest", "sys", "--fail-for", "5s"]);
+        let drill = drill.spawn().expect("qvirt starts");
+        vm.wait_for("the suspension", || is("suspended"));
+        let raw = ["qmp", "guest", "system_reset"];
+        for words in [&["reset", "guest"][..], &["reboot", "guest"], &raw] {
+            is_refused(&vm, words, AT_ONCE, &["is refused: I/O of disk sys (vda) is suspended"]);
+        }
+        println!("qvirt drill: {}", finished(drill));
+        vm.wait_for("the end of the suspension", || is("ok"));
+        vm.ok(&["reset", "guest"]);
+        vm.end();
+    }
+}

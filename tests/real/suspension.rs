@@ -1,0 +1,230 @@
+//! Storage that fails while a guest writes, reads and verifies a pattern on it all the time: what the guest feels is what its disk's policy says. The
+//! storage fails by a drill: a node of QEMU's own that returns errors, under the real engine.
+
+use std::time::Duration;
+
+use serde_json::json;
+use tests::guest::PatternReport;
+use tests::on_both;
+use tests::qemu::QemuVersion;
+use tests::scene::{QUIET, Scene};
+use tests::storm::Storm;
+use tests::vm::AGENT_CHANNEL;
+
+use crate::faults::Follower;
+
+on_both! {
+    held => outages_that_end_in_time,
+    many => twenty_outages,
+    reported => a_timeout_that_the_guest_is_told_of,
+    scsi => a_timeout_on_scsi,
+    paused => a_vm_that_is_paused,
+    at_the_end => a_timeout_that_pauses,
+    together => two_disks,
+    owners => owners_that_die,
+    taken => a_node_that_cannot_be_made,
+    overlay => a_new_top,
+    nameless => an_image_whose_path_is_gone,
+}
+
+/// An iothread, and controllers with and without it.
+const TABLES: &str = r#"
+[[iothread]]
+id = "io1"
+[[scsi_controller]]
+id = "plain"
+[[scsi_controller]]
+id = "threaded"
+iothread = "io1"
+"#;
+
+pub fn boot(version: QemuVersion) -> Scene {
+    Scene::boot(version, QUIET, &format!("{AGENT_CHANNEL}{TABLES}"))
+}
+
+fn outages_that_end_in_time(version: QemuVersion) {
+    in_time(version, "hold").0.end();
+}
+
+/// Outages of each kind that the guest only feels; gives the scene with its disk, which an engine of that name retries.
+pub fn in_time(version: QemuVersion, engine: &str) -> (Scene, Storm) {
+    let mut scene = boot(version);
+    let people = Follower::start(&scene.vm, "events.txt", &[]);
+    let storm = Storm::begin(&mut scene, "blk", &format!("on_error.engine={engine},on_error.timeout=1m"));
+    storm.drill(&scene, "2s", &[]);
+    let report = storm.is_unharmed(&mut scene, "after the outage");
+    assert!(report.longest_pause_us > 1_000_000, "the outage was felt: {report:#?}");
+    assert_eq!(storm.io(&scene)["state"], "ok");
+    assert!(storm.count(&scene, "retries") > 0, "{}", storm.io(&scene));
+    for event in ["QVIRT_IO_SUSPENDED", "QVIRT_IO_RETRY", "QVIRT_IO_RECOVERED"] {
+        assert!(!people.lines(&[event, "device=blk"]).is_empty(), "{event} is missing in\n{}", people.text());
+    }
+    for kind in ["--reads", "--writes", "--flushes"] {
+        storm.drill(&scene, "1s", &[kind]);
+        storm.is_unharmed(&mut scene, kind);
+    }
+    (scene, storm)
+}
+
+fn twenty_outages(version: QemuVersion) {
+    let mut scene = boot(version);
+    let storm = Storm::begin(&mut scene, "blk", "on_error.engine=hold");
+    for round in 0..20 {
+        storm.drill(&scene, "300ms", &[]);
+        storm.is_unharmed(&mut scene, &format!("after outage {round}"));
+    }
+    scene.end();
+}
+
+fn a_timeout_that_the_guest_is_told_of(version: QemuVersion) {
+    let mut scene = boot(version);
+    let people = Follower::start(&scene.vm, "events.txt", &[]);
+    let storm = Storm::begin(&mut scene, "blk", "on_error.engine=hold,on_error.timeout=1s");
+    storm.fail_for(&scene, 4000);
+    let told = |report: &PatternReport| report.error_count > 0;
+    scene.guest.wait_pattern(&storm.name, "the error", told).expect("the guest is told");
+    assert_eq!(storm.io(&scene)["state"], "timed-out");
+    assert_eq!(scene.guest.check("echo alive").expect("the guest lives").trim(), "alive");
+    storm.waits_for(&scene, "ok");
+    let before = storm.report(&mut scene).error_count;
+    let report = storm.goes_on(&mut scene, "after the repair, without a restart");
+    assert_eq!((report.error_count, report.mismatch_count), (before, 0), "{report:#?}");
+    assert_eq!(storm.count(&scene, "timeouts"), 1);
+    assert!(
+        !people.lines(&["QVIRT_IO_TIMED_OUT", "device=blk", "action=report"]).is_empty(),
+        "{}",
+        people.text()
+    );
+    drop(people);
+    scene.end();
+}
+
+fn a_timeout_on_scsi(version: QemuVersion) {
+    let mut scene = boot(version);
+    let storm = Storm::begin(&mut scene, "lun", "bus=scsi,on_error.timeout=1s,on_error.at_timeout=hold");
+    storm.fail_for(&scene, 3000);
+    storm.waits_for(&scene, "timed-out");
+    storm.waits_for(&scene, "ok");
+    storm.is_unharmed(&mut scene, "after a timeout that holds");
+    storm.detach(&mut scene);
+    let storm = Storm::begin(&mut scene, "leaver", "bus=scsi,on_error.timeout=1s,on_error.at_timeout=unplug");
+    storm.fail_for(&scene, 60_000);
+    scene.vm.wait_for("the disk to be unplugged", || scene.vm.device("leaver").is_null());
+    assert_eq!(scene.guest.check("echo alive").expect("the guest lives").trim(), "alive");
+    scene.end();
+}
+
+fn a_vm_that_is_paused(version: QemuVersion) {
+    let mut scene = boot(version);
+    let storm = Storm::begin(&mut scene, "blk", "on_error.engine=pause");
+    storm.drill(&scene, "1s", &[]);
+    storm.is_unharmed(&mut scene, "after a pause");
+    assert!(storm.count(&scene, "retries") > 0, "{}", storm.io(&scene));
+    scene.end();
+}
+
+fn a_timeout_that_pauses(version: QemuVersion) {
+    let mut scene = boot(version);
+    let wish = "on_error.engine=hold,on_error.timeout=600ms,on_error.at_timeout=pause";
+    let storm = Storm::begin(&mut scene, "blk", wish);
+    storm.fail_for(&scene, 2500);
+    storm.waits_for(&scene, "timed-out");
+    let paused = || scene.vm.status()["reason"] == "io-error";
+    scene.vm.wait_for("the VM to be paused", paused);
+    // Still broken: it is paused at once, and stays so.
+    scene.vm.ok(&["resume", "guest"]);
+    scene.vm.wait_for("the VM to be paused again", paused);
+    std::thread::sleep(Duration::from_millis(2500));
+    assert!(paused(), "nobody else lets it go on: {}", scene.vm.status());
+    scene.vm.ok(&["resume", "guest"]);
+    storm.waits_for(&scene, "ok");
+    storm.is_unharmed(&mut scene, "after it was resumed");
+    scene.end();
+}
+
+fn two_disks(version: QemuVersion) {
+    let mut scene = boot(version);
+    let one = Storm::begin(&mut scene, "one", "on_error.engine=hold");
+    let other = Storm::begin(&mut scene, "other", "bus=scsi,on_error.engine=hold");
+    // Apart: the other one works on meanwhile.
+    one.fail_for(&scene, 8000);
+    one.waits_for(&scene, "suspended");
+    for _ in 0..3 {
+        other.is_unharmed(&mut scene, "beside a disk that fails");
+    }
+    // Together: one that fails while the other one is held.
+    other.fail_for(&scene, 2000);
+    other.waits_for(&scene, "suspended");
+    assert_eq!(one.io(&scene)["state"], "suspended");
+    other.waits_for(&scene, "ok");
+    other.is_unharmed(&mut scene, "after both failed");
+    one.waits_for(&scene, "ok");
+    one.is_unharmed(&mut scene, "after both failed");
+    scene.end();
+}
+
+/// The name of the node that the disk is to be parked on is taken: another one is made, and nothing goes to the stranger.
+fn a_node_that_cannot_be_made(version: QemuVersion) {
+    let mut scene = boot(version);
+    let storm = Storm::begin(&mut scene, "blk", "on_error.engine=hold");
+    let stranger = json!({"driver": "null-co", "node-name": "blk-park-1", "size": 16 << 20});
+    scene.vm.qmp("blockdev-add", &stranger);
+    storm.fail_for(&scene, 2000);
+    storm.waits_for(&scene, "suspended");
+    storm.waits_for(&scene, "ok");
+    storm.is_unharmed(&mut scene, "after an outage in which a node could not be made");
+    let log = scene.vm.owner_log();
+    assert!(log.contains("a disk could not be moved"), "the stranger was in the way: {log}");
+    scene.end();
+}
+
+/// A snapshot gives the disk another top, also in an outage: it comes back to that one.
+fn a_new_top(version: QemuVersion) {
+    let mut scene = boot(version);
+    let base = scene.vm.qcow2("base.qcow2", Ok(16));
+    let storm = Storm::on(&mut scene, "blk", &format!("path={base},format=qcow2,on_error.engine=hold"));
+    storm.drill(&scene, "700ms", &[]);
+    let overlay = scene.vm.path("overlay.qcow2").display().to_string();
+    let snapshot = json!({
+        "node-name": "blk-1-format", "snapshot-file": overlay, "snapshot-node-name": "overlay", "format": "qcow2",
+    });
+    scene.vm.rescue("blockdev-snapshot-sync", snapshot);
+    for _ in 0..2 {
+        storm.drill(&scene, "1s", &[]);
+        storm.is_unharmed(&mut scene, "on the overlay");
+    }
+    let used = scene.vm.qmp("query-block", &json!({})).to_string();
+    assert!(used.contains(&overlay), "the disk stands on its overlay: {used}");
+    scene.end();
+}
+
+/// As that of a stick that was pulled: its device leaves it and comes back all the same.
+fn an_image_whose_path_is_gone(version: QemuVersion) {
+    let mut scene = boot(version);
+    let storm = Storm::begin(&mut scene, "blk", "on_error.engine=hold");
+    std::fs::rename(scene.vm.path("blk.img"), scene.vm.path("away.img")).expect("it is ours");
+    storm.fail_for(&scene, 4000);
+    storm.waits_for(&scene, "suspended");
+    assert_eq!(scene.guest.check("sleep 1; echo alive").expect("the guest runs").trim(), "alive");
+    storm.waits_for(&scene, "ok");
+    storm.is_unharmed(&mut scene, "after an outage without a path");
+    let log = scene.vm.owner_log();
+    assert!(!log.contains("a disk could not be moved"), "{log}");
+    scene.end();
+}
+
+fn owners_that_die(version: QemuVersion) {
+    let mut scene = boot(version);
+    let storm = Storm::begin(&mut scene, "blk", "on_error.engine=hold,on_error.timeout=10m");
+    for round in 0..3 {
+        storm.fail_for(&scene, 4000);
+        storm.waits_for(&scene, "suspended");
+        let since = storm.io(&scene)["outage"]["since_unix_ms"].clone();
+        scene.vm.kill_owner();
+        scene.vm.start();
+        assert_eq!(storm.io(&scene)["outage"]["since_unix_ms"], since, "the first owner's clock");
+        storm.waits_for(&scene, "ok");
+        storm.is_unharmed(&mut scene, &format!("after owner {round} died"));
+    }
+    scene.end();
+}

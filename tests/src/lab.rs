@@ -1,0 +1,129 @@
+//! The hardware lab: one emulated host with IOMMU, SR-IOV, USB, vDPA, vhost-scsi, failing disks, bridges and KVM, in which tests run as root.
+//!
+//! ```text
+//!  L0  this machine: cargo test ── boots once per run ──┐
+//!  L1  the lab host: the same test program, as root  <──┘  [`inside`] sends a test there, its output streams back
+//!  L2  the guest that qvirt, run by that test, boots under the lab's KVM
+//! ```
+//!
+//! A lab test is a plain test whose body is a closure given to [`inside`]. Run by cargo, it boots the lab host or takes the one that is up, has the
+//! same program run the same test there, and passes on what that printed; inside, the closure runs. So steps are Rust, and no
+//! second copy of anything exists. What the lab has ready, by name, is in [`host`]; how it is made is `integration-images/README.md`.
+//!
+//! The lab host dies with the test program, however that ends; nothing of it stays but its console and what its QEMU said, in
+//! `target/lab` until another run.
+
+use std::any::type_name;
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+pub mod host;
+mod machine;
+mod probe;
+mod shell;
+
+pub use machine::{Lab, LabError};
+pub use shell::shell;
+
+/// Set in the lab host: a test that sees it runs its steps.
+const INSIDE: &str = "QVIRT_LAB";
+
+/// How long one test may take in the lab. Most take 30 s where L1 is emulated; this is for a machine with much else to do.
+const TEST: Duration = Duration::from_secs(420);
+
+/// The lab host that is up, if one is. Tests take turns: its devices exist once.
+static LAB: Mutex<Option<Lab>> = Mutex::new(None);
+
+/// Runs a test's steps as root in the lab host.
+///
+/// # Panics
+/// Where the steps do, with what they said; and if the lab host does not come up, dies, or the steps take longer than seven minutes.
+pub fn inside<F: Fn()>(steps: F) {
+    if std::env::var_os(INSIDE).is_some() {
+        return steps();
+    }
+    let test = test_name(type_name::<F>());
+    // A test that panicked while it had the lab has taken it out before.
+    let mut shared = LAB.lock().unwrap_or_else(PoisonError::into_inner);
+    let begin = Instant::now();
+    let mut lab = shared.take().unwrap_or_else(booted);
+    let mut outcome = lab.run_test(test, TEST);
+    if let Err(e) = &outcome
+        && lab.is_emulated()
+        && let Some(fault) = e.emulations_fault()
+    {
+        println!("{e}\n{fault}: the test says nothing, and is run once more in another lab");
+        lab = booted();
+        outcome = lab.run_test(test, TEST);
+    }
+    match outcome {
+        Ok(()) => {
+            println!("{test} took {:.1?} in the lab", begin.elapsed());
+            *shared = Some(lab);
+        }
+        // The next test gets a lab host that nobody left in a strange state.
+        Err(e) => panic!("{test} failed in the lab after {:.1?}: {e}", begin.elapsed()),
+    }
+}
+
+fn booted() -> Lab {
+    Lab::boot().unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// `disks::fails` of the closure `lab::disks::fails::{{closure}}`: as the test runner names the test.
+fn test_name(closure: &'static str) -> &'static str {
+    let path = closure.split_once("::").map_or(closure, |(_crate, path)| path);
+    path.strip_suffix("::{{closure}}").unwrap_or(path)
+}
+
+/// Runs one step of a test, and prints what it was and how long it took.
+pub fn step<T>(what: &str, run: impl FnOnce() -> T) -> T {
+    println!("-- {what}");
+    let begin = Instant::now();
+    let value = run();
+    println!("-- {what}: {:.1} s", begin.elapsed().as_secs_f32());
+    value
+}
+
+/// What the program `lab` does with its arguments: `shell` and `run` on this machine, `prepare`, `list` and `logs` in the lab host.
+pub fn main(arguments: &[&str]) -> ExitCode {
+    let done = match arguments {
+        ["shell"] => shell().map_err(|e| e.to_string()),
+        ["run", command @ ..] if !command.is_empty() => {
+            match Lab::boot().and_then(|mut lab| lab.run(command, &mut |text| print!("{text}"), TEST)) {
+                Ok(0) => Ok(()),
+                Ok(status) => Err(format!("{} ended with exit status {status}", command[0])),
+                Err(e) => Err(e.to_string()),
+            }
+        }
+        ["prepare"] => host::prepare().map_err(|e| e.to_string()),
+        ["logs"] => {
+            host::print_logs();
+            Ok(())
+        }
+        ["list"] => host::list().map(|names| print!("{names}")).map_err(|e| e.to_string()),
+        _ => Err("usage: lab shell | lab run PROGRAM [ARGUMENT]... (on this machine) | lab prepare | lab list | lab logs (in the lab host)".to_owned()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("lab: {reason}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::any::type_name_of_val;
+
+    use super::test_name;
+
+    #[test]
+    fn a_closure_tells_the_name_of_its_test() {
+        let name = test_name(type_name_of_val(&|| ()));
+        assert_eq!(name, "lab::tests::a_closure_tells_the_name_of_its_test");
+        assert_eq!(Some(name), std::thread::current().name().filter(|name| *name != "main").or(Some(name)));
+    }
+}
