@@ -100,6 +100,10 @@ fn pci(device: &Path) -> Option<Pci> {
 }
 
 fn disk(disk: &Path) -> Option<Disk> {
+    // A path of an NVMe namespace, which is a disk of its own beside it.
+    if number(disk.join("hidden")) == Some(1) {
+        return None;
+    }
     let queue = disk.join("queue");
     Some(Disk {
         name: name(disk),

@@ -63,6 +63,11 @@ fn disks(machine: &Machine) {
     let nvme = format!("{BUS}/0000:00:03.0/nvme/nvme0");
     machine.link("sys/block/nvme0n1", &format!("{nvme}/nvme0n1")).file(&format!("{nvme}/nvme0n1/size"), "16");
     machine.link(&format!("{nvme}/nvme0n1/device"), &nvme).file(&format!("{nvme}/serial"), "flash  \n");
+    let path = format!("{nvme}/nvme0c0n1");
+    machine
+        .link("sys/block/nvme0c0n1", &path)
+        .file(&format!("{path}/size"), "16")
+        .file(&format!("{path}/hidden"), "1\n");
 }
 
 #[test]
