@@ -11,10 +11,11 @@
 //!   controller           Layout: Topology (seats), labels, MAC addresses, generations
 //! ```
 //!
-//! `id` builds every name, `address` every place, `text` and `units` are the newtypes' one door, `keyval` is QEMU's `key=value` notation,
+//! `id` builds every name, `address` every place in the guest and `bdf` those on the host, `text` and `units` are the newtypes' one door, `keyval` is QEMU's `key=value` notation,
 //! `machine` the part of the command line that is no device.
 
 pub mod address;
+pub mod bdf;
 pub mod capabilities;
 pub mod chardev;
 pub mod controller;

@@ -25,12 +25,14 @@ pub fn of(path: &Path) -> Vec<u32> {
     pids.filter(|pid| *pid != std::process::id()).filter(is_open).collect()
 }
 
+/// A process in words, with its name.
+pub fn name(pid: u32) -> String {
+    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    format!("process {pid} ({})", name.trim_end())
+}
+
 /// Who has these images open, and what to do, as a sentence.
 pub fn explain<'a>(images: impl Iterator<Item = &'a str>) -> String {
-    let name = |pid: u32| {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        format!("process {pid} ({})", name.trim_end())
-    };
     let about = |image: &str| {
         let users: Vec<String> = of(Path::new(image)).into_iter().map(name).collect();
         (!users.is_empty()).then(|| format!("{image} is open in {}", users.join(", ")))

@@ -10,6 +10,7 @@ use devices::retry::AtTimeout;
 use devices::units::Millis;
 
 use crate::folders::VmName;
+use crate::host::pci::Class;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -127,6 +128,9 @@ pub enum Command {
     },
     /// Make a disk of a running VM fail for a while, and tell what its policy does
     Drill(Drill),
+    /// What this host has to give to VMs
+    #[command(subcommand)]
+    Host(Host),
     /// Connect the terminal to a serial console; `^]` leaves
     Console {
         /// The VM
@@ -168,6 +172,30 @@ pub enum Command {
     /// Serve an image over NBD, and try again what fails; an owner starts one for each disk that wants it
     #[command(hide = true)]
     IoProxy(IoProxy),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Host {
+    /// List PCI devices: driver, IOMMU group, NUMA node, physical and virtual functions, network interfaces, and who holds them
+    Pci {
+        /// Only devices of this class
+        #[arg(long)]
+        class: Option<Class>,
+        /// Only virtual functions
+        #[arg(long)]
+        vfs: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List IOMMU groups: their members, whether they can be given to a VM, and if not, which member is in the way
+    Iommu {
+        /// Only this group
+        group: Option<u32>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]

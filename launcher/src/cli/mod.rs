@@ -1,11 +1,12 @@
 //! The command line: what each command is called, what it takes, what it prints, and its exit code.
 //!
 //! Commands on a running VM are clients of its control socket, like any other QMP client. `args` has the words, `run` owns a VM,
-//! `live` asks owners, `stored` keeps configs, `plug` does attach and detach on either, `proxy` serves one image.
+//! `live` asks owners, `stored` keeps configs, `host` asks this machine, `plug` does attach and detach on either, `proxy` serves one image.
 
 mod args;
 mod client;
 mod events;
+mod host;
 mod io;
 mod live;
 mod media;
@@ -217,6 +218,7 @@ async fn dispatch(arguments: args::Arguments) -> Result<Exit, Problem> {
         C::Io(command) => io::io(command).await,
         C::IoProbe { image } => io::probe(&image),
         C::Drill(drill) => io::drill(drill).await,
+        C::Host(command) => host::host(command),
         C::Console { vm, device, force } => live::console(&vm, device.as_deref(), force).await,
         C::Events { vms, json } => events::follow(&vms, json).await,
         C::Qmp { vm, command, arguments } => live::qmp(&vm, &command, arguments.as_deref()).await,

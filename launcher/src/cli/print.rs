@@ -27,7 +27,7 @@ pub fn json(value: &impl Serialize) -> io::Result<()> {
 }
 
 /// Prints columns as wide as they must be.
-fn table(head: &[&str], rows: &[Vec<String>]) -> io::Result<()> {
+pub fn table(head: &[&str], rows: &[Vec<String>]) -> io::Result<()> {
     let width = |column: usize| {
         rows.iter().map(|row| row[column].chars().count()).chain([head[column].len()]).max().unwrap_or(0)
     };

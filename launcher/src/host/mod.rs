@@ -5,5 +5,7 @@ pub mod link;
 pub mod need;
 pub mod ovs;
 pub mod pages;
+pub mod pci;
+pub mod pci_names;
 pub mod tap;
 pub mod vhost;

@@ -1,0 +1,147 @@
+//! `qvirt host`: what this host has to give to VMs. Asks the host, not an owner, and changes nothing.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::json;
+
+use super::args::Host;
+use super::{Exit, Problem, print};
+use crate::folders::Folders;
+use crate::host::pci::{Class, IommuGroup, PciDevice, PciError, Sysfs};
+use crate::host::pci_names::Names;
+use crate::journal;
+use crate::record::{Entry, Memory};
+use crate::users;
+
+impl From<PciError> for Problem {
+    fn from(error: PciError) -> Problem {
+        let exit = match &error {
+            PciError::List { .. } => Exit::Failed,
+            PciError::NoIommu => Exit::Refused,
+            PciError::NoGroup { .. } => Exit::Unknown,
+        };
+        Problem::of(exit, &error)
+    }
+}
+
+/// `qvirt host`
+pub fn host(command: Host) -> Result<Exit, Problem> {
+    match command {
+        Host::Pci { class, vfs, json } => pci(class, vfs, json),
+        Host::Iommu { group, json } => iommu(group, json),
+    }
+}
+
+fn pci(class: Option<Class>, vfs: bool, as_json: bool) -> Result<Exit, Problem> {
+    let mut devices = Sysfs::default().pci_devices()?;
+    devices.retain(|device| class.is_none_or(|class| device.is_of(class)) && (!vfs || device.pf.is_some()));
+    let (names, holders) = (names_of(devices.iter()), Holders::find()?);
+    if as_json {
+        let with = |device: &PciDevice| {
+            let mut value = json!(device);
+            value["name"] = json!(names.name(device.vendor, device.device));
+            value["held_by"] = json!(holders.of(device.iommu_group));
+            value
+        };
+        print::json(&devices.iter().map(with).collect::<Vec<_>>())?;
+        return Ok(Exit::Done);
+    }
+    let rows: Vec<Vec<String>> = devices.iter().map(|device| row(device, &names, &holders)).collect();
+    print::table(&["ADDRESS", "NAME", "DRIVER", "GROUP", "NUMA", "FUNCTION", "NETDEV", "HELD BY"], &rows)?;
+    Ok(Exit::Done)
+}
+
+fn row(device: &PciDevice, names: &Names, holders: &Holders) -> Vec<String> {
+    let function = match (&device.pf, device.vfs_max) {
+        (Some(pf), _) => format!("VF of {pf}"),
+        (None, Some(max)) => format!("PF, {} of {max} VFs", device.vfs.len()),
+        (None, None) => dash(None::<u32>),
+    };
+    vec![
+        device.bdf.to_string(),
+        names.name(device.vendor, device.device),
+        dash(device.driver.as_ref()),
+        dash(device.iommu_group),
+        dash(device.numa_node),
+        function,
+        dash((!device.netdevs.is_empty()).then(|| device.netdevs.join(","))),
+        dash(holders.of(device.iommu_group)),
+    ]
+}
+
+fn iommu(group: Option<u32>, as_json: bool) -> Result<Exit, Problem> {
+    let groups = Sysfs::default().iommu_groups(group)?;
+    let (names, holders) = (names_of(groups.iter().flat_map(|group| &group.members)), Holders::find()?);
+    if as_json {
+        let with = |group: &IommuGroup| {
+            let way: Vec<_> = group
+                .in_the_way()
+                .map(|(member, driver)| json!({"bdf": member.bdf, "driver": driver}))
+                .collect();
+            let assignable = way.is_empty() && group.has_devices();
+            json!({
+                "number": group.number, "members": group.members, "assignable": assignable, "in_the_way": way,
+                "held_by": holders.of(Some(group.number)),
+            })
+        };
+        print::json(&groups.iter().map(with).collect::<Vec<_>>())?;
+        return Ok(Exit::Done);
+    }
+    let rows: Vec<Vec<String>> = groups.iter().flat_map(|group| rows(group, &names, &holders)).collect();
+    print::table(&["GROUP", "ASSIGNABLE", "ADDRESS", "DRIVER", "NAME"], &rows)?;
+    Ok(Exit::Done)
+}
+
+/// A line a member; what is true of the group stands in its first one.
+fn rows(group: &IommuGroup, names: &Names, holders: &Holders) -> Vec<Vec<String>> {
+    let way: Vec<String> =
+        group.in_the_way().map(|(member, driver)| format!("{} has {driver}", member.bdf)).collect();
+    let assignable = match (holders.of(Some(group.number)), way.is_empty()) {
+        (Some(holder), _) => format!("no: held by {holder}"),
+        (None, false) => format!("no: {}", way.join(", ")),
+        (None, true) if group.has_devices() => "yes".to_owned(),
+        (None, true) => "no: nothing but bridges".to_owned(),
+    };
+    let line = |(number, member): (usize, &PciDevice)| {
+        let (group, assignable) =
+            if number == 0 { (group.number.to_string(), assignable.clone()) } else { Default::default() };
+        let name = names.name(member.vendor, member.device);
+        vec![group, assignable, member.bdf.to_string(), dash(member.driver.as_ref()), name]
+    };
+    group.members.iter().enumerate().map(line).collect()
+}
+
+fn names_of<'a>(devices: impl Iterator<Item = &'a PciDevice>) -> Names {
+    Names::of(devices.map(|device| (device.vendor, device.device)))
+}
+
+fn dash(value: Option<impl ToString>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+/// The QEMUs of VMs by their pid: for naming who holds a group.
+struct Holders(BTreeMap<u32, String>);
+
+impl Holders {
+    fn find() -> Result<Holders, Problem> {
+        let folders = Folders::find()?;
+        let mut vms = BTreeMap::new();
+        for vm in folders.with_runtime()? {
+            let Some((_, entries)) = journal::read_only::<Entry>(&folders.vm(&vm)?.journal())? else {
+                continue;
+            };
+            if let Some(identity) = Memory::of(entries).identity {
+                vms.insert(identity.pid, vm.to_string());
+            }
+        }
+        Ok(Holders(vms))
+    }
+
+    /// Who has an IOMMU group open: a VM of this user, or any process. Others' processes are seen by root only.
+    fn of(&self, group: Option<u32>) -> Option<String> {
+        let node = format!("/dev/vfio/{}", group?);
+        let pid = users::of(Path::new(&node)).into_iter().next()?;
+        Some(self.0.get(&pid).map_or_else(|| users::name(pid), |vm| format!("VM {vm}")))
+    }
+}
