@@ -85,6 +85,7 @@ fn one_disk_hangs_and_another_fails() {
             let before = scene.vm.device("other")["fault"]["events"].clone();
             behaves(1, Behaviour::Fails);
             scene.vm.wait_for("its error", || scene.vm.device("other")["fault"]["events"] != before);
+            other.waits_for(&scene, "suspended");
             nothing_waits(&scene.vm, &storages[0].path());
         });
         step("kill", || {

@@ -1,9 +1,10 @@
-//! Disks that retry on storage that hangs: a suspended device-mapper device neither fails nor answers.
+//! Disks that retry on storage that hangs: a suspended device-mapper device neither fails nor answers, and a file whose server is halted does not.
 
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tests::guest::{PatternReport, PatternWish};
+use tests::lab::host::far::FarFile;
 use tests::lab::host::faulty::{Behaviour, FaultyDisk};
 use tests::lab::{inside, step};
 use tests::qemu::QemuVersion;
@@ -13,17 +14,26 @@ use tests::vm::AGENT_CHANNEL;
 /// How long `qvirt` may take to answer while storage hangs.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
+/// What a disk stands on.
+enum Storage {
+    Near(FaultyDisk),
+    Far(FarFile),
+}
+
 /// A guest with a pattern on a disk whose storage does as it is told.
 struct Hanging {
     scene: Scene,
-    storage: FaultyDisk,
+    storage: Storage,
     name: String,
     events: std::process::Child,
 }
 
 impl Hanging {
-    fn begin(version: QemuVersion, name: &str, more: &str) -> Hanging {
-        let storage = FaultyDisk::new(name, 16).expect("a disk of this test");
+    fn begin(version: QemuVersion, name: &str, storage: Storage, more: &str) -> Hanging {
+        let path = match &storage {
+            Storage::Near(disk) => disk.path(),
+            Storage::Far(file) => file.path().to_owned(),
+        };
         let mut scene = step("boot", || Scene::boot(version, QUIET, AGENT_CHANNEL));
         let file = std::fs::File::create(scene.vm.path("events")).expect("made");
         let mut command = scene.vm.command(&["events", "guest", "--json"]);
@@ -31,7 +41,7 @@ impl Hanging {
         let disk = format!(
             "path={},id=data,serial={name},cache=none,on_error.read=retry,on_error.write=retry,on_error.interval=500ms,\
              on_error.engine=hold,{more}",
-            storage.path().display()
+            path.display()
         );
         step("attach", || scene.attach(["--disk", &disk], "disk", &format!("serial={name}")));
         let name = format!("/dev/{}", scene.disk(name));
@@ -53,7 +63,12 @@ impl Hanging {
 
     fn behaves(&self, behaviour: Behaviour) {
         println!("the storage: {behaviour:?}");
-        self.storage.behave(behaviour).expect("device-mapper obeys");
+        match &self.storage {
+            Storage::Near(disk) => disk.behave(behaviour).expect("device-mapper obeys"),
+            Storage::Far(file) => {
+                file.answers(behaviour == Behaviour::Works).expect("its server obeys");
+            }
+        }
     }
 
     fn io(&self) -> Value {
@@ -122,8 +137,8 @@ impl Hanging {
     }
 }
 
-/// Storage that hangs while it is used, and storage that hangs when it is to be tried again.
-fn hangs_twice(mut disk: Hanging) {
+/// Storage that hangs while it is used. Owners come and go meanwhile.
+fn hangs_in_use(disk: &mut Hanging) {
     step("the storage hangs while the guest uses it", || {
         disk.behaves(Behaviour::Stalls);
         disk.is_seen_to_hang();
@@ -136,6 +151,11 @@ fn hangs_twice(mut disk: Hanging) {
         disk.is("ok");
         disk.goes_on("after the hang");
     });
+}
+
+/// The same, and storage that hangs when it is to be tried again.
+fn hangs_twice(mut disk: Hanging) {
+    hangs_in_use(&mut disk);
     step("the storage fails, then hangs, then works", || {
         disk.behaves(Behaviour::Fails);
         disk.is("suspended");
@@ -153,10 +173,28 @@ fn hangs_twice(mut disk: Hanging) {
 
 #[test]
 fn a_virtio_blk_disk_hangs_and_the_guest_never_knows() {
-    inside(|| hangs_twice(Hanging::begin(QemuVersion::V10_0, "stuckblk", "bus=virtio-blk")));
+    inside(|| {
+        let storage = Storage::Near(FaultyDisk::new("stuckblk", 16).expect("a disk of this test"));
+        hangs_twice(Hanging::begin(QemuVersion::V10_0, "stuckblk", storage, "bus=virtio-blk"));
+    });
 }
 
 #[test]
 fn a_scsi_disk_hangs_and_the_guest_never_knows() {
-    inside(|| hangs_twice(Hanging::begin(QemuVersion::V7_2, "stuckscsi", "bus=scsi")));
+    inside(|| {
+        let storage = Storage::Near(FaultyDisk::new("stuckscsi", 16).expect("a disk of this test"));
+        hangs_twice(Hanging::begin(QemuVersion::V7_2, "stuckscsi", storage, "bus=scsi"));
+    });
+}
+
+/// As on NFS: nothing fails, and whoever asks the file anything waits as well.
+#[test]
+fn a_server_stops_answering_and_the_guest_never_knows() {
+    inside(|| {
+        let storage = Storage::Far(FarFile::new("far", 16).expect("a file of this test"));
+        let mut disk = Hanging::begin(QemuVersion::V10_0, "farfile", storage, "bus=virtio-blk");
+        hangs_in_use(&mut disk);
+        assert_eq!((disk.events("QVIRT_IO_HUNG"), disk.events("QVIRT_IO_ANSWERS")), (1, 1));
+        disk.end();
+    });
 }

@@ -21,6 +21,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 pub mod debug;
+pub mod far;
 pub mod faulty;
 pub mod network;
 pub mod pci;

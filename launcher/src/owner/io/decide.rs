@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use devices::DeviceId;
-use devices::retry::Engine;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
@@ -96,8 +95,8 @@ impl Owner {
         self.io.explained = 0;
         for (id, what) in failed {
             let Some(disk) = self.io.disks.get_mut(&id) else { continue };
-            // A paused VM fails anew only when it was let go: what waits in it is the same failure.
-            if disk.io.retry.engine == Engine::Pause && disk.io.outage.is_some() && disk.trying.is_none() {
+            // What was not tried since has not failed anew.
+            if disk.io.outage.is_some() && disk.trying.is_none() {
                 continue;
             }
             (disk.trying, disk.was_reset) = (None, false);

@@ -14,6 +14,7 @@
 mod decide;
 mod disk;
 mod hang;
+mod kept;
 mod native;
 mod proxied;
 mod tell;
@@ -26,14 +27,12 @@ use std::time::Duration;
 use devices::DeviceId;
 use devices::retry::{AtTimeout, Engine, Retry};
 use qmp_client::{BlockIoError, IoAction, Qmp, QmpError, Timestamp};
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use super::{Finished, Owner};
-use crate::folders::write_volatile;
 use crate::host::need::Host;
 use crate::record::Stage;
 use crate::status::{IoState, IoStatus};
@@ -42,7 +41,7 @@ use crate::suspend::line::{Line, News};
 use crate::suspend::parking::Parking;
 use crate::suspend::turn::{self, Look, micros};
 use crate::suspend::{DiskIo, Outage, Uptime, What};
-use disk::{Disk, Drill, retrying};
+use disk::{Disk, retrying};
 use hang::Probe;
 use proxied::Proxy;
 
@@ -62,33 +61,6 @@ const BREATH: Duration = Duration::from_millis(20);
 const AGAIN: Duration = Duration::from_millis(500);
 /// How often people are told of failed attempts.
 const TELL: Duration = Duration::from_secs(1);
-
-/// What is kept for the next owner.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Kept {
-    /// Numbers of nodes that were used.
-    places: u32,
-    drills: u32,
-    disks: BTreeMap<DeviceId, KeptDisk>,
-    /// Whether a turn may have left the VM standing still.
-    #[serde(default)]
-    interrupted: bool,
-    /// Whether somebody wants the VM to be paused.
-    #[serde(default)]
-    wants_pause: bool,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct KeptDisk {
-    io: DiskIo,
-    top: String,
-    size_bytes: u64,
-    /// Node of a drill that QEMU has, if it has one, and how long it is to last.
-    drill: Option<(Option<String>, Uptime)>,
-    /// Whether its storage hung.
-    #[serde(default)]
-    hangs: bool,
-}
 
 /// What is under way.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -182,41 +154,6 @@ impl Io {
             stand_ins: BTreeMap::new(),
             unplug: Vec::new(),
             watching: false,
-        }
-    }
-
-    /// What a former owner left.
-    fn kept(&self) -> Kept {
-        let text = std::fs::read(&self.file).unwrap_or_default();
-        serde_json::from_slice(&text).unwrap_or_default()
-    }
-
-    pub(super) fn keep(&self) {
-        let disks = self.disks.iter().map(|(id, disk)| {
-            let drill = disk.drill.as_ref().map(|drill| (drill.node.clone(), drill.until));
-            let (io, top) = (disk.io.clone(), disk.top.clone());
-            let kept = KeptDisk { io, top, size_bytes: disk.size_bytes, drill, hangs: disk.hang.hangs() };
-            (id.clone(), kept)
-        });
-        let places = self.parking.as_ref().map_or(self.places, Parking::number);
-        let kept = Kept {
-            places,
-            drills: self.drills,
-            disks: disks.collect(),
-            interrupted: self.interrupted || self.phase == Phase::Turning,
-            wants_pause: self.wants_pause,
-        };
-        let text = serde_json::to_vec(&kept).unwrap_or_default();
-        if let Err(error) = write_volatile(&self.file, &text) {
-            warn!(%error, "the state of suspended disks is not kept: another owner would begin their clocks anew");
-        }
-    }
-
-    /// Somebody wants the VM to be paused, or to go on.
-    pub(super) fn want_pause(&mut self, wanted: bool) {
-        self.wants_pause = wanted;
-        if !self.disks.is_empty() {
-            self.keep();
         }
     }
 
@@ -333,29 +270,6 @@ impl Io {
 }
 
 impl Owner {
-    /// Disks as a former owner knew them, or as they are configured.
-    pub(super) fn begin_io(&mut self) {
-        let kept = self.io.kept();
-        (self.io.places, self.io.drills) = (kept.places, kept.drills);
-        (self.io.interrupted, self.io.wants_pause) = (kept.interrupted, kept.wants_pause);
-        self.follow_layout();
-        for (id, kept) in kept.disks {
-            if let Some(disk) = self.io.disks.get_mut(&id) {
-                (disk.io, disk.top, disk.size_bytes) = (kept.io, kept.top, kept.size_bytes);
-                disk.drill = kept.drill.map(|(node, until)| Drill { node, add: None, until });
-                if kept.hangs {
-                    disk.hang = Detector::of_hung(Uptime::now());
-                }
-            }
-        }
-        // Whoever adopted the VM made them, and what they gave back stops it.
-        let has_proxies = self.io.proxies().next().is_some();
-        self.io.gave_back = has_proxies;
-        if !self.io.disks.is_empty() {
-            self.look_at_io();
-        }
-    }
-
     /// Disks that came since.
     pub(super) fn follow_layout(&mut self) {
         let disks = &mut self.io.disks;
@@ -418,10 +332,15 @@ impl Owner {
             nospace: error.nospace,
         };
         let time = micros(timestamp);
+        let is_ok = disk.io.outage.is_none();
         match (&error.action, disk.io.retry.engine) {
             (IoAction::Stop, Engine::Hold | Engine::Pause) if time >= self.io.went_on => {
-                self.io.blamed.insert(id.clone(), (what, time));
+                self.io.blamed.insert(id.clone(), (what.clone(), time));
                 self.io.give_back();
+                if self.io.hung().is_some() && is_ok {
+                    // There will be no look until the other disk's storage answers, and QEMU itself waits for that.
+                    self.fails_for_the_first_time(id, what);
+                }
                 self.look_at_io();
             }
             // Late: what failed is known, but not why.
@@ -429,6 +348,12 @@ impl Owner {
             (_, Engine::Native) => self.natively_failed(id, error, timestamp),
             _ => {}
         }
+    }
+
+    fn fails_for_the_first_time(&mut self, id: &DeviceId, what: What) {
+        let Some(disk) = self.io.disks.get_mut(id) else { return };
+        let change = disk.io.failed(what, Uptime::now());
+        self.io_changed(id, change);
     }
 
     /// The guest was reset, and with it its disks: requests that waited are gone.

@@ -1,0 +1,103 @@
+//! What the next owner is to know of disks that retry: a file in the VM's runtime folder, written anew at each change.
+
+use std::collections::BTreeMap;
+
+use devices::DeviceId;
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use super::disk::Drill;
+use super::{Io, Owner, Phase};
+use crate::folders::write_volatile;
+use crate::suspend::hang::Detector;
+use crate::suspend::parking::Parking;
+use crate::suspend::{DiskIo, Uptime};
+
+/// What is kept for the next owner.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Kept {
+    /// Numbers of nodes that were used.
+    places: u32,
+    drills: u32,
+    disks: BTreeMap<DeviceId, KeptDisk>,
+    /// Whether a turn may have left the VM standing still.
+    #[serde(default)]
+    interrupted: bool,
+    /// Whether somebody wants the VM to be paused.
+    #[serde(default)]
+    wants_pause: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct KeptDisk {
+    io: DiskIo,
+    top: String,
+    size_bytes: u64,
+    /// Node of a drill that QEMU has, if it has one, and how long it is to last.
+    drill: Option<(Option<String>, Uptime)>,
+    /// Whether its storage hung.
+    #[serde(default)]
+    hangs: bool,
+}
+
+impl Io {
+    /// What a former owner left.
+    fn kept(&self) -> Kept {
+        let text = std::fs::read(&self.file).unwrap_or_default();
+        serde_json::from_slice(&text).unwrap_or_default()
+    }
+
+    pub(in crate::owner) fn keep(&self) {
+        let disks = self.disks.iter().map(|(id, disk)| {
+            let drill = disk.drill.as_ref().map(|drill| (drill.node.clone(), drill.until));
+            let (io, top) = (disk.io.clone(), disk.top.clone());
+            let kept = KeptDisk { io, top, size_bytes: disk.size_bytes, drill, hangs: disk.hang.hangs() };
+            (id.clone(), kept)
+        });
+        let places = self.parking.as_ref().map_or(self.places, Parking::number);
+        let kept = Kept {
+            places,
+            drills: self.drills,
+            disks: disks.collect(),
+            interrupted: self.interrupted || self.phase == Phase::Turning,
+            wants_pause: self.wants_pause,
+        };
+        let text = serde_json::to_vec(&kept).unwrap_or_default();
+        if let Err(error) = write_volatile(&self.file, &text) {
+            warn!(%error, "the state of suspended disks is not kept: another owner would begin their clocks anew");
+        }
+    }
+
+    /// Somebody wants the VM to be paused, or to go on.
+    pub(in crate::owner) fn want_pause(&mut self, wanted: bool) {
+        self.wants_pause = wanted;
+        if !self.disks.is_empty() {
+            self.keep();
+        }
+    }
+}
+
+impl Owner {
+    /// Disks as a former owner knew them, or as they are configured.
+    pub(in crate::owner) fn begin_io(&mut self) {
+        let kept = self.io.kept();
+        (self.io.places, self.io.drills) = (kept.places, kept.drills);
+        (self.io.interrupted, self.io.wants_pause) = (kept.interrupted, kept.wants_pause);
+        self.follow_layout();
+        for (id, kept) in kept.disks {
+            if let Some(disk) = self.io.disks.get_mut(&id) {
+                (disk.io, disk.top, disk.size_bytes) = (kept.io, kept.top, kept.size_bytes);
+                disk.drill = kept.drill.map(|(node, until)| Drill { node, add: None, until });
+                if kept.hangs {
+                    disk.hang = Detector::of_hung(Uptime::now());
+                }
+            }
+        }
+        // Whoever adopted the VM made them, and what they gave back stops it.
+        let has_proxies = self.io.proxies().next().is_some();
+        self.io.gave_back = has_proxies;
+        if !self.io.disks.is_empty() {
+            self.look_at_io();
+        }
+    }
+}
