@@ -197,11 +197,12 @@ impl Process {
     }
 }
 
+/// A descriptor whose readiness can be waited for.
 #[allow(unsafe_code)]
-fn readable(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` is open as long as it lives and always gives the same number, and nobody takes it
     // out of the `AsyncFd`.
-    unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }.map_err(io::Error::from)
+    unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }.map_err(io::Error::from)
 }
 
 /// Whether the process of `pidfd` has not ended; one that its parent has not reaped yet counts as ended.

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 use tests::lab::host::pci::{FREE_PF, SHARED, USED_PF};
+use tests::lab::host::usb::STICKS;
 use tests::lab::{inside, step};
 use tests::qemu::QemuVersion;
 use tests::scene::QUIET;
@@ -74,5 +75,54 @@ fn devices_functions_and_groups_are_listed() {
         assert!(output.code == 5 && output.stderr.contains("there is no IOMMU group 4711"), "{output}");
         let output = vm.qvirt(&["host", "pci", "--class", "toaster"]);
         assert!(output.code == 2 && output.stderr.contains("accelerator"), "{output}");
+    });
+}
+
+/// Ends a program that runs for ever, also when the test fails.
+struct Follower(std::process::Child);
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn usb_devices_are_listed_and_followed() {
+    inside(|| {
+        let vm = Vm::new(QemuVersion::V10_0, QUIET, 1, "");
+        let devices = shown(&vm, &["usb"]);
+        let of = |serial: &str| {
+            let found = devices.as_array().into_iter().flatten().find(|device| device["serial"] == serial);
+            found.unwrap_or_else(|| panic!("no {serial} in {devices:#}")).clone()
+        };
+        for stick in STICKS {
+            let (seen, place) = (of(stick.serial), stick.place().expect("it is plugged in"));
+            let expected = serde_json::json!([place.bus, place.address, place.port, "480"]);
+            assert_eq!(
+                serde_json::json!([seen["bus"], seen["device"], seen["port"], seen["speed"]]),
+                expected
+            );
+            assert_eq!(seen["vendor"], format!("{:04x}", stick.vendor));
+        }
+        let [_, blue, ..] = STICKS;
+        let file = vm.path("followed");
+        let out = std::fs::File::create(&file).expect("made");
+        let mut command = vm.command(&["host", "usb", "--follow", "--json"]);
+        let _follower = Follower(command.stdout(out).spawn().expect("qvirt starts"));
+        let followed = || std::fs::read_to_string(&file).unwrap_or_default();
+        // The list comes first, once it listens.
+        vm.wait_for("the list", || followed().contains("\n]\n"));
+        for event in ["unplugged", "plugged"] {
+            let done = if event == "plugged" { blue.plug() } else { blue.unplug() };
+            done.expect("the stick obeys");
+            let line = |text: &str| {
+                let mut lines = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+                lines.any(|line| line["event"] == event && line["device"]["serial"] == blue.serial)
+            };
+            vm.wait_for(&format!("word that it was {event}"), || line(&followed()));
+        }
+        print!("{}", followed());
     });
 }

@@ -32,6 +32,9 @@ const INSIDE: &str = "QVIRT_LAB";
 /// How long one test may take in the lab. Most take 30 s where L1 is emulated; this is for a machine with much else to do.
 const TEST: Duration = Duration::from_secs(420);
 
+/// How often a test is run at most where the emulated processor is at fault.
+const TRIES: u32 = 3;
+
 /// The lab host that is up, if one is. Tests take turns: its devices exist once.
 static LAB: Mutex<Option<Lab>> = Mutex::new(None);
 
@@ -49,10 +52,9 @@ pub fn inside<F: Fn()>(steps: F) {
     let begin = Instant::now();
     let mut lab = shared.take().unwrap_or_else(booted);
     let mut outcome = lab.run_test(test, TEST);
-    if let Err(e) = &outcome
-        && lab.is_emulated()
-        && let Some(fault) = e.emulations_fault()
-    {
+    for _ in 1..TRIES {
+        let Err(e) = &outcome else { break };
+        let Some(fault) = e.emulations_fault().filter(|_| lab.is_emulated()) else { break };
         println!("{e}\n{fault}: the test says nothing, and is run once more in another lab");
         lab = booted();
         outcome = lab.run_test(test, TEST);

@@ -188,6 +188,15 @@ pub enum Host {
         #[arg(long)]
         json: bool,
     },
+    /// List USB devices: bus, number, ports, speed, ids, serial number, and who holds them
+    Usb {
+        /// Then tell of every device that comes or goes, until it is interrupted
+        #[arg(long)]
+        follow: bool,
+        /// Print JSON; of what comes and goes an object a line
+        #[arg(long)]
+        json: bool,
+    },
     /// List IOMMU groups: their members, whether they can be given to a VM, and if not, which member is in the way
     Iommu {
         /// Only this group

@@ -1,15 +1,18 @@
 //! `qvirt host`: what this host has to give to VMs. Asks the host, not an owner, and changes nothing.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::Path;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::args::Host;
 use super::{Exit, Problem, print};
 use crate::folders::Folders;
-use crate::host::pci::{Class, IommuGroup, PciDevice, PciError, Sysfs};
-use crate::host::pci_names::Names;
+use crate::host::names::Names;
+use crate::host::pci::{Class, IommuGroup, PciDevice, PciError};
+use crate::host::sysfs::Sysfs;
+use crate::host::usb::{Uevents, UsbDevice, changes};
 use crate::journal;
 use crate::record::{Entry, Memory};
 use crate::users;
@@ -26,10 +29,19 @@ impl From<PciError> for Problem {
 }
 
 /// `qvirt host`
-pub fn host(command: Host) -> Result<Exit, Problem> {
+pub async fn host(command: Host) -> Result<Exit, Problem> {
     match command {
         Host::Pci { class, vfs, json } => pci(class, vfs, json),
         Host::Iommu { group, json } => iommu(group, json),
+        Host::Usb { follow, json } => {
+            // From before the list, so that nothing is missed in between.
+            let word = if follow { Some(Uevents::listen()?) } else { None };
+            let seen = usb(json)?;
+            match word {
+                Some(word) => follow_usb(&word, seen, json).await,
+                None => Ok(Exit::Done),
+            }
+        }
     }
 }
 
@@ -41,7 +53,7 @@ fn pci(class: Option<Class>, vfs: bool, as_json: bool) -> Result<Exit, Problem> 
         let with = |device: &PciDevice| {
             let mut value = json!(device);
             value["name"] = json!(names.name(device.vendor, device.device));
-            value["held_by"] = json!(holders.of(device.iommu_group));
+            value["held_by"] = json!(holders.of_group(device.iommu_group));
             value
         };
         print::json(&devices.iter().map(with).collect::<Vec<_>>())?;
@@ -66,7 +78,7 @@ fn row(device: &PciDevice, names: &Names, holders: &Holders) -> Vec<String> {
         dash(device.numa_node),
         function,
         dash((!device.netdevs.is_empty()).then(|| device.netdevs.join(","))),
-        dash(holders.of(device.iommu_group)),
+        dash(holders.of_group(device.iommu_group)),
     ]
 }
 
@@ -82,7 +94,7 @@ fn iommu(group: Option<u32>, as_json: bool) -> Result<Exit, Problem> {
             let assignable = way.is_empty() && group.has_devices();
             json!({
                 "number": group.number, "members": group.members, "assignable": assignable, "in_the_way": way,
-                "held_by": holders.of(Some(group.number)),
+                "held_by": holders.of_group(Some(group.number)),
             })
         };
         print::json(&groups.iter().map(with).collect::<Vec<_>>())?;
@@ -97,7 +109,7 @@ fn iommu(group: Option<u32>, as_json: bool) -> Result<Exit, Problem> {
 fn rows(group: &IommuGroup, names: &Names, holders: &Holders) -> Vec<Vec<String>> {
     let way: Vec<String> =
         group.in_the_way().map(|(member, driver)| format!("{} has {driver}", member.bdf)).collect();
-    let assignable = match (holders.of(Some(group.number)), way.is_empty()) {
+    let assignable = match (holders.of_group(Some(group.number)), way.is_empty()) {
         (Some(holder), _) => format!("no: held by {holder}"),
         (None, false) => format!("no: {}", way.join(", ")),
         (None, true) if group.has_devices() => "yes".to_owned(),
@@ -112,8 +124,73 @@ fn rows(group: &IommuGroup, names: &Names, holders: &Holders) -> Vec<Vec<String>
     group.members.iter().enumerate().map(line).collect()
 }
 
+fn usb(as_json: bool) -> Result<Vec<UsbDevice>, Problem> {
+    let devices = Sysfs::default().usb_devices();
+    let (names, holders) = (usb_names(&devices), Holders::find()?);
+    if as_json {
+        let all: Vec<Value> = devices.iter().map(|device| usb_json(device, &names, &holders)).collect();
+        print::json(&all)?;
+        return Ok(devices);
+    }
+    let row = |device: &UsbDevice| {
+        vec![
+            device.bus.to_string(),
+            device.device.to_string(),
+            dash(device.port.as_ref()),
+            dash(device.speed.as_ref()),
+            format!("{:04x}:{:04x}", device.vendor, device.product),
+            names.name(device.vendor, device.product),
+            dash(device.serial.as_ref()),
+            dash(holders.of(&device.node())),
+        ]
+    };
+    let head = ["BUS", "DEVICE", "PORT", "MBIT/S", "ID", "NAME", "SERIAL", "HELD BY"];
+    print::table(&head, &devices.iter().map(row).collect::<Vec<_>>())?;
+    Ok(devices)
+}
+
+fn usb_names(devices: &[UsbDevice]) -> Names {
+    Names::of("usb.ids", devices.iter().map(|device| (device.vendor, device.product)))
+}
+
+fn usb_json(device: &UsbDevice, names: &Names, holders: &Holders) -> Value {
+    let mut value = json!(device);
+    value["name"] = json!(names.name(device.vendor, device.product));
+    value["held_by"] = json!(holders.of(&device.node()));
+    value
+}
+
+/// Tells of every device that comes or goes, until a signal or the reader ends it.
+async fn follow_usb(word: &Uevents, mut before: Vec<UsbDevice>, as_json: bool) -> Result<Exit, Problem> {
+    loop {
+        word.next().await?;
+        let after = Sysfs::default().usb_devices();
+        let (gone, come) = changes(&before, &after);
+        let (names, holders) = (usb_names(&[&before[..], &after].concat()), Holders::find()?);
+        for (what, device) in
+            gone.iter().map(|d| ("unplugged", *d)).chain(come.iter().map(|d| ("plugged", *d)))
+        {
+            let mut out = std::io::stdout().lock();
+            if as_json {
+                let line = json!({"event": what, "device": usb_json(device, &names, &holders)});
+                writeln!(out, "{line}")?;
+                continue;
+            }
+            let name = names.name(device.vendor, device.product);
+            let serial = device.serial.as_ref().map(|serial| format!(" serial {serial}")).unwrap_or_default();
+            let port = device.port.as_ref().map(|port| format!(" port {port}")).unwrap_or_default();
+            let UsbDevice { bus, device, vendor, product, .. } = device;
+            writeln!(
+                out,
+                "{what}: bus {bus} device {device}{port} {vendor:04x}:{product:04x} {name}{serial}"
+            )?;
+        }
+        before = after;
+    }
+}
+
 fn names_of<'a>(devices: impl Iterator<Item = &'a PciDevice>) -> Names {
-    Names::of(devices.map(|device| (device.vendor, device.device)))
+    Names::of("pci.ids", devices.map(|device| (device.vendor, device.device)))
 }
 
 fn dash(value: Option<impl ToString>) -> String {
@@ -138,10 +215,14 @@ impl Holders {
         Ok(Holders(vms))
     }
 
-    /// Who has an IOMMU group open: a VM of this user, or any process. Others' processes are seen by root only.
-    fn of(&self, group: Option<u32>) -> Option<String> {
-        let node = format!("/dev/vfio/{}", group?);
-        let pid = users::of(Path::new(&node)).into_iter().next()?;
+    /// Who has an IOMMU group open.
+    fn of_group(&self, group: Option<u32>) -> Option<String> {
+        self.of(&format!("/dev/vfio/{}", group?))
+    }
+
+    /// Who has a node open: a VM of this user, or any process. Others' processes are seen by root only.
+    fn of(&self, node: &str) -> Option<String> {
+        let pid = users::of(Path::new(node)).into_iter().next()?;
         Some(self.0.get(&pid).map_or_else(|| users::name(pid), |vm| format!("VM {vm}")))
     }
 }

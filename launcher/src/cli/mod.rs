@@ -218,7 +218,7 @@ async fn dispatch(arguments: args::Arguments) -> Result<Exit, Problem> {
         C::Io(command) => io::io(command).await,
         C::IoProbe { image } => io::probe(&image),
         C::Drill(drill) => io::drill(drill).await,
-        C::Host(command) => host::host(command),
+        C::Host(command) => host::host(command).await,
         C::Console { vm, device, force } => live::console(&vm, device.as_deref(), force).await,
         C::Events { vms, json } => events::follow(&vms, json).await,
         C::Qmp { vm, command, arguments } => live::qmp(&vm, &command, arguments.as_deref()).await,

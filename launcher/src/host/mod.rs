@@ -1,11 +1,14 @@
-//! The host's side of devices: interfaces, switches, vhost nodes, and meeting what a device needs of them; and huge pages for the memory.
+//! The host's side of devices: interfaces, switches, vhost nodes, and meeting what a device needs of them; huge pages for the memory; and what PCI and
+//! USB devices there are.
 
 pub mod io_proxy;
 pub mod link;
+pub mod names;
 pub mod need;
 pub mod ovs;
 pub mod pages;
 pub mod pci;
-pub mod pci_names;
+pub mod sysfs;
 pub mod tap;
+pub mod usb;
 pub mod vhost;

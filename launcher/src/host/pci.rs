@@ -8,11 +8,7 @@ use devices::bdf::HostBdf;
 use serde::Serialize;
 use thiserror::Error;
 
-/// Where a host's devices are looked up: `/sys`, or a tree like it.
-#[derive(Clone, Debug)]
-pub struct Sysfs {
-    root: PathBuf,
-}
+use super::sysfs::{Sysfs, hex4, link, names, text};
 
 /// A PCI device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -72,24 +68,13 @@ pub enum PciError {
     NoGroup { number: u32 },
 }
 
-impl Default for Sysfs {
-    fn default() -> Sysfs {
-        Sysfs { root: "/sys".into() }
-    }
-}
-
 impl Sysfs {
-    /// One below another folder.
-    pub fn below(root: &Path) -> Sysfs {
-        Sysfs { root: root.to_owned() }
-    }
-
     /// All PCI devices, by their place.
     ///
     /// # Errors
     /// There is no such folder. A host without PCI has an empty one.
     pub fn pci_devices(&self) -> Result<Vec<PciDevice>, PciError> {
-        let path = self.root.join("bus/pci/devices");
+        let path = self.path("bus/pci/devices");
         let entries = fs::read_dir(&path).map_err(|source| PciError::List { path: path.clone(), source })?;
         let names = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
         // One that goes away meanwhile is none.
@@ -99,8 +84,8 @@ impl Sysfs {
     }
 
     fn pci_device(&self, bdf: HostBdf) -> Option<PciDevice> {
-        let folder = self.root.join("bus/pci/devices").join(bdf.to_string());
-        let text = |name: &str| Some(fs::read_to_string(folder.join(name)).ok()?.trim().to_owned());
+        let folder = self.path("bus/pci/devices").join(bdf.to_string());
+        let text = |name: &str| text(&folder.join(name));
         let hex = |name: &str| u32::from_str_radix(text(name)?.trim_start_matches("0x"), 16).ok();
         let number = |name: &str| text(name)?.parse().ok();
         Some(PciDevice {
@@ -203,18 +188,6 @@ impl Class {
     }
 }
 
-/// The last part of what a link points to.
-fn link(path: &Path) -> Option<String> {
-    Some(fs::read_link(path).ok()?.file_name()?.to_str()?.to_owned())
-}
-
-fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut names: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
-    names.sort();
-    names
-}
-
 /// `virtfn0` and so on, by number and not by name: `virtfn10` is after `virtfn9`.
 fn virtual_functions(folder: &Path) -> Vec<HostBdf> {
     let numbered = names(folder).into_iter().filter_map(|name| {
@@ -223,10 +196,6 @@ fn virtual_functions(folder: &Path) -> Vec<HostBdf> {
     });
     let by_index: BTreeMap<u32, HostBdf> = numbered.collect();
     by_index.into_values().collect()
-}
-
-fn hex4<S: serde::Serializer>(number: &u16, to: S) -> Result<S::Ok, S::Error> {
-    to.collect_str(&format_args!("{number:04x}"))
 }
 
 fn hex6<S: serde::Serializer>(number: &u32, to: S) -> Result<S::Ok, S::Error> {

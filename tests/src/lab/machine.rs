@@ -71,7 +71,7 @@ impl LabError {
     ///
     /// Beside [`LabError::is_lost_world_switch`] it loses interrupts, of the lab host (see [`TO_INIT`]) as of its guests: a guest then waits for ever for
     /// a device that is there. Seen as a plugged device that was never found, once in some hundred and fifty tests, and only on a busy machine. A fault
-    /// of qvirt that makes a guest wait shows twice in a row.
+    /// of qvirt that makes a guest wait shows each time.
     pub(super) fn emulations_fault(&self) -> Option<&'static str> {
         let LabError::Test { reason, .. } = self else { return None };
         if self.is_lost_world_switch() {

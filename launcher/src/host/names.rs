@@ -1,10 +1,10 @@
-//! Names of PCI devices, from the list that the host's tools use (`pci.ids`): one file of a hundred vendors and more, read for what is asked.
+//! Names of PCI and USB devices, from the lists that the host's tools use (`pci.ids`, `usb.ids`): each is read for what is asked.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// Where distributions keep it.
-const PLACES: [&str; 3] = ["/usr/share/hwdata/pci.ids", "/usr/share/misc/pci.ids", "/usr/share/pci.ids"];
+/// Where distributions keep them.
+const PLACES: [&str; 4] = ["/usr/share/hwdata", "/usr/share/misc", "/usr/share", "/var/lib/usbutils"];
 
 /// Names of vendors and of their devices.
 #[derive(Debug, Default)]
@@ -14,9 +14,10 @@ pub struct Names {
 }
 
 impl Names {
-    /// Those of these devices; none on a host without the list.
-    pub fn of(wanted: impl Iterator<Item = (u16, u16)>) -> Names {
-        let text = PLACES.iter().find_map(|place| std::fs::read(Path::new(place)).ok()).unwrap_or_default();
+    /// Those of these devices, vendor and number, from the list of that name; none on a host without it.
+    pub fn of(list: &str, wanted: impl Iterator<Item = (u16, u16)>) -> Names {
+        let found = PLACES.iter().find_map(|place| std::fs::read(Path::new(place).join(list)).ok());
+        let text = found.unwrap_or_default();
         Names::read(&String::from_utf8_lossy(&text), &wanted.collect())
     }
 
