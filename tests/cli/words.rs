@@ -3,7 +3,7 @@
 use crate::scene::{bare, refused};
 
 /// Every command, with the words that its help must have.
-const COMMANDS: [(&str, &[&str]); 25] = [
+const COMMANDS: [(&str, &[&str]); 26] = [
     ("check", &["--incoming", "--against <STATUS.json>", "--argv", "--json", "<TARGET>"]),
     (
         "run",
@@ -29,6 +29,7 @@ const COMMANDS: [(&str, &[&str]); 25] = [
     ),
     ("media", &["<VM>", "<DRIVE>", "insert", "eject"]),
     ("detach", &["--live", "--config", "--wait", "--json"]),
+    ("host", &["pci", "iommu", "usb"]),
     ("io", &["status", "retry", "fail", "set"]),
     ("drill", &["--fail-for", "--reads", "--writes", "--flushes"]),
     ("console", &["[DEVICE]", "--force"]),
