@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Pids of the processes that have a file open, but for this one.
 pub fn of(path: &Path) -> Vec<u32> {
@@ -17,12 +17,20 @@ pub fn of(path: &Path) -> Vec<u32> {
             fs::metadata(fd.path()).is_ok_and(|f| (f.dev(), f.ino()) == (wanted.dev(), wanted.ino()))
         })
     };
-    let pids = fs::read_dir("/proc")
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter(|pid| *pid != std::process::id()).filter(is_open).collect()
+    pids().filter(|pid| *pid != std::process::id()).filter(is_open).collect()
+}
+
+/// The open files of all processes, by the names that they were opened by. Asks no file system, which could hang.
+pub fn open_files() -> impl Iterator<Item = (u32, PathBuf)> {
+    pids().flat_map(|pid| {
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        descriptors.filter_map(move |fd| Some((pid, fs::read_link(fd.path()).ok()?)))
+    })
+}
+
+fn pids() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
 /// A process in words, with its name.

@@ -153,8 +153,8 @@ fn hangs_in_use(disk: &mut Hanging) {
     });
 }
 
-/// The same, and storage that hangs when it is to be tried again.
-fn hangs_twice(mut disk: Hanging) {
+/// The same, storage that hangs when it is to be tried again, and storage that fails after it hung.
+fn hangs_thrice(mut disk: Hanging) {
     hangs_in_use(&mut disk);
     step("the storage fails, then hangs, then works", || {
         disk.behaves(Behaviour::Fails);
@@ -166,8 +166,17 @@ fn hangs_twice(mut disk: Hanging) {
         disk.is("ok");
         disk.goes_on("after the outage");
     });
-    assert_eq!((disk.events("QVIRT_IO_HUNG"), disk.events("QVIRT_IO_ANSWERS")), (2, 2));
-    assert_eq!(disk.io()["counters"]["hangs"], 2);
+    step("the storage hangs, then fails, then works", || {
+        disk.behaves(Behaviour::Stalls);
+        disk.is("hung");
+        disk.behaves(Behaviour::Fails);
+        disk.is("suspended");
+        disk.behaves(Behaviour::Works);
+        disk.is("ok");
+        disk.goes_on("after the hang that failed");
+    });
+    assert_eq!((disk.events("QVIRT_IO_HUNG"), disk.events("QVIRT_IO_ANSWERS")), (3, 3));
+    assert_eq!(disk.io()["counters"]["hangs"], 3);
     disk.end();
 }
 
@@ -175,7 +184,7 @@ fn hangs_twice(mut disk: Hanging) {
 fn a_virtio_blk_disk_hangs_and_the_guest_never_knows() {
     inside(|| {
         let storage = Storage::Near(FaultyDisk::new("stuckblk", 16).expect("a disk of this test"));
-        hangs_twice(Hanging::begin(QemuVersion::V10_0, "stuckblk", storage, "bus=virtio-blk"));
+        hangs_thrice(Hanging::begin(QemuVersion::V10_0, "stuckblk", storage, "bus=virtio-blk"));
     });
 }
 
@@ -183,7 +192,7 @@ fn a_virtio_blk_disk_hangs_and_the_guest_never_knows() {
 fn a_scsi_disk_hangs_and_the_guest_never_knows() {
     inside(|| {
         let storage = Storage::Near(FaultyDisk::new("stuckscsi", 16).expect("a disk of this test"));
-        hangs_twice(Hanging::begin(QemuVersion::V7_2, "stuckscsi", storage, "bus=scsi"));
+        hangs_thrice(Hanging::begin(QemuVersion::V7_2, "stuckscsi", storage, "bus=scsi"));
     });
 }
 

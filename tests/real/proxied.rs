@@ -18,6 +18,7 @@ on_both! {
     drained => drains_while_requests_are_held,
     acts => other_acts_at_the_timeout,
     qcow2 => images_that_grow,
+    renamed => a_name_that_is_used_again,
 }
 
 const PROXY: &str = "on_error.engine=proxy";
@@ -141,6 +142,21 @@ fn other_acts_at_the_timeout(version: QemuVersion) {
     storm.fail_for(&scene, 60_000);
     scene.vm.wait_for("the disk to be unplugged", || scene.vm.device("leaver").is_null());
     assert_eq!(scene.guest.check("echo alive").expect("the guest lives").trim(), "alive");
+    scene.end();
+}
+
+/// What was kept of a disk for the next owner is not what another disk of its name is.
+fn a_name_that_is_used_again(version: QemuVersion) {
+    let mut scene = boot(version);
+    for engine in ["hold", "proxy", "hold"] {
+        let storm = Storm::begin(&mut scene, "blk", &format!("on_error.engine={engine}"));
+        scene.vm.kill_owner();
+        scene.vm.start();
+        assert_eq!(storm.io(&scene)["state"], "ok", "{engine}");
+        storm.drill(&scene, "700ms", &[]);
+        storm.is_unharmed(&mut scene, engine);
+        storm.detach(&mut scene);
+    }
     scene.end();
 }
 

@@ -120,6 +120,16 @@ fn a_vm_that_is_paused(version: QemuVersion) {
     storm.drill(&scene, "1s", &[]);
     storm.is_unharmed(&mut scene, "after a pause");
     assert!(storm.count(&scene, "retries") > 0, "{}", storm.io(&scene));
+    // Two of them: neither waits for the other one.
+    let other = Storm::begin(&mut scene, "other", "bus=scsi,on_error.engine=pause");
+    let both = [storm, other];
+    both.iter().for_each(|storm| storm.fail_for(&scene, 1500));
+    let paused = || scene.vm.status()["reason"] == "io-error";
+    scene.vm.wait_for("the VM to be paused", paused);
+    for storm in &both {
+        storm.waits_for(&scene, "ok");
+        storm.is_unharmed(&mut scene, "after two pauses");
+    }
     scene.end();
 }
 

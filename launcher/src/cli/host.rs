@@ -2,18 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use tracing::warn;
 
 use super::args::Host;
 use super::{Exit, Problem, print};
-use crate::folders::Folders;
+use crate::folders::{Folders, VmName};
 use crate::host::names::Names;
 use crate::host::pci::{Class, IommuGroup, PciDevice, PciError};
 use crate::host::sysfs::Sysfs;
 use crate::host::usb::{Uevents, UsbDevice, changes};
 use crate::journal;
+use crate::process::Identity;
 use crate::record::{Entry, Memory};
 use crate::users;
 
@@ -91,10 +93,11 @@ fn iommu(group: Option<u32>, as_json: bool) -> Result<Exit, Problem> {
                 .in_the_way()
                 .map(|(member, driver)| json!({"bdf": member.bdf, "driver": driver}))
                 .collect();
-            let assignable = way.is_empty() && group.has_devices();
+            let held_by = holders.of_group(Some(group.number));
+            let assignable = way.is_empty() && group.has_devices() && held_by.is_none();
             json!({
                 "number": group.number, "members": group.members, "assignable": assignable, "in_the_way": way,
-                "held_by": holders.of_group(Some(group.number)),
+                "held_by": held_by,
             })
         };
         print::json(&groups.iter().map(with).collect::<Vec<_>>())?;
@@ -166,6 +169,9 @@ async fn follow_usb(word: &Uevents, mut before: Vec<UsbDevice>, as_json: bool) -
         word.next().await?;
         let after = Sysfs::default().usb_devices();
         let (gone, come) = changes(&before, &after);
+        if gone.is_empty() && come.is_empty() {
+            continue;
+        }
         let (names, holders) = (usb_names(&[&before[..], &after].concat()), Holders::find()?);
         for (what, device) in
             gone.iter().map(|d| ("unplugged", *d)).chain(come.iter().map(|d| ("plugged", *d)))
@@ -197,32 +203,40 @@ fn dash(value: Option<impl ToString>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
-/// The QEMUs of VMs by their pid: for naming who holds a group.
-struct Holders(BTreeMap<u32, String>);
+/// Who has which node open: a VM of this user by its name, else the process. Others' processes are seen by root only.
+struct Holders(BTreeMap<PathBuf, String>);
 
 impl Holders {
     fn find() -> Result<Holders, Problem> {
-        let folders = Folders::find()?;
-        let mut vms = BTreeMap::new();
-        for vm in folders.with_runtime()? {
-            let Some((_, entries)) = journal::read_only::<Entry>(&folders.vm(&vm)?.journal())? else {
-                continue;
-            };
-            if let Some(identity) = Memory::of(entries).identity {
-                vms.insert(identity.pid, vm.to_string());
-            }
-        }
-        Ok(Holders(vms))
+        let vms = qemus(&Folders::find()?)?;
+        let is_wanted = |node: &Path| node.starts_with("/dev/vfio") || node.starts_with("/dev/bus/usb");
+        let nodes = users::open_files().filter(|(_, node)| is_wanted(node));
+        let name = |pid: u32| vms.get(&pid).map_or_else(|| users::name(pid), |vm| format!("VM {vm}"));
+        Ok(Holders(nodes.map(|(pid, node)| (node, name(pid))).collect()))
     }
 
     /// Who has an IOMMU group open.
-    fn of_group(&self, group: Option<u32>) -> Option<String> {
+    fn of_group(&self, group: Option<u32>) -> Option<&str> {
         self.of(&format!("/dev/vfio/{}", group?))
     }
 
-    /// Who has a node open: a VM of this user, or any process. Others' processes are seen by root only.
-    fn of(&self, node: &str) -> Option<String> {
-        let pid = users::of(Path::new(node)).into_iter().next()?;
-        Some(self.0.get(&pid).map_or_else(|| users::name(pid), |vm| format!("VM {vm}")))
+    fn of(&self, node: &str) -> Option<&str> {
+        self.0.get(Path::new(node)).map(String::as_str)
     }
+}
+
+/// The VMs by the pid of their QEMU. One whose journal cannot be read is not named.
+fn qemus(folders: &Folders) -> Result<BTreeMap<u32, VmName>, Problem> {
+    let mut vms = BTreeMap::new();
+    for vm in folders.with_runtime()? {
+        match journal::read_only::<Entry>(&folders.vm(&vm)?.journal()) {
+            Ok(Some((_, entries))) => {
+                let identity = Memory::of(entries).identity.filter(Identity::is_alive);
+                vms.extend(identity.map(|identity| (identity.pid, vm)));
+            }
+            Ok(None) => {}
+            Err(error) => warn!(%vm, %error, "what it holds is not known"),
+        }
+    }
+    Ok(vms)
 }

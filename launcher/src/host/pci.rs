@@ -100,7 +100,7 @@ impl Sysfs {
             pf: link(&folder.join("physfn")).and_then(|name| name.parse().ok()),
             vfs: virtual_functions(&folder),
             vfs_max: number("sriov_totalvfs"),
-            netdevs: names(&folder.join("net")),
+            netdevs: netdevs(&folder),
         })
     }
 
@@ -126,13 +126,13 @@ impl Sysfs {
     }
 }
 
-/// Drivers that hold a device for a VM, or for nobody.
-const PASSIVE: [&str; 2] = ["vfio-pci", "pci-stub"];
+/// Drivers that hold a device for nobody.
+const PASSIVE: [&str; 2] = ["pci-stub", "pcieport"];
 
 impl PciDevice {
-    /// Whether it is a bridge: the kernel lets these stay with the host.
+    /// Whether it is a bridge between PCI buses: the kernel lets these stay with the host.
     pub fn is_bridge(&self) -> bool {
-        self.class >> 16 == 0x06
+        matches!(self.class >> 8, 0x0604 | 0x0609)
     }
 
     /// Whether it is of a class as people name them.
@@ -151,7 +151,8 @@ impl IommuGroup {
     pub fn in_the_way(&self) -> impl Iterator<Item = (&PciDevice, &str)> {
         let held = self.members.iter().filter(|member| !member.is_bridge());
         held.filter_map(|member| Some((member, member.driver.as_deref()?)))
-            .filter(|(_, driver)| !PASSIVE.contains(driver))
+            // Vendors have VFIO drivers of their own: `mlx5_vfio_pci`.
+            .filter(|(_, driver)| !PASSIVE.contains(driver) && !driver.contains("vfio"))
     }
 }
 
@@ -186,6 +187,13 @@ impl Class {
             Class::Accelerator => 0x12,
         }
     }
+}
+
+/// Of the device, or of the virtio device in it.
+fn netdevs(folder: &Path) -> Vec<String> {
+    let virtio = names(folder).into_iter().filter(|name| name.starts_with("virtio"));
+    let folders = std::iter::once(folder.to_owned()).chain(virtio.map(|name| folder.join(name)));
+    folders.flat_map(|folder| names(&folder.join("net"))).collect()
 }
 
 /// `virtfn0` and so on, by number and not by name: `virtfn10` is after `virtfn9`.

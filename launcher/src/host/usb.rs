@@ -54,14 +54,19 @@ impl Sysfs {
                     speed: text("speed"),
                     vendor: id("idVendor")?,
                     product: id("idProduct")?,
-                    title: text("product"),
-                    serial: text("serial"),
+                    title: text("product").map(printable),
+                    serial: text("serial").map(printable),
                 })
             })
             .collect();
         devices.sort_by_key(|device| (device.bus, device.device));
         devices
     }
+}
+
+/// What a device says of itself may be meant for a terminal.
+fn printable(text: String) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
 }
 
 impl UsbDevice {

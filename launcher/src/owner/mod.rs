@@ -315,8 +315,7 @@ impl Owner {
             Request::IoSet(set) => self.set_io(&set, reply),
             Request::Drill(drill) => self.drill(&drill, reply),
             Request::Standstill(wanted) => {
-                self.io.want_pause(wanted);
-                let _ = reply.send(Ok(json!({})));
+                self.io.want_pause(wanted, reply);
             }
             Request::Kill => self.kill(Some(reply)),
             Request::Leave => {

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use devices::DeviceId;
+use devices::retry::Engine;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
@@ -19,9 +20,10 @@ impl Owner {
     pub(super) fn decide(&mut self, look: &Look) {
         self.follow_layout();
         // It may hang since the look began.
-        if self.farewell.is_ending() || self.farewell.leave || self.io.hung().is_some() {
+        if self.farewell.is_killing() || self.farewell.leave || self.io.hung().is_some() {
             return;
         }
+        self.io.put_off = false;
         let now = Uptime::now();
         for (id, disk) in &mut self.io.disks {
             disk.end_drill(&mut self.io.leavings);
@@ -37,12 +39,15 @@ impl Owner {
         let running = look.run == "running";
         debug!(?now, ?look, blamed = ?self.io.blamed, gave_back = self.io.gave_back, "deciding");
         if running {
-            (self.io.stuck, self.io.interrupted) = (false, false);
+            (self.io.stuck, self.io.judged) = (false, false);
+            if std::mem::take(&mut self.io.interrupted) {
+                self.io.keep();
+            }
         } else if look.run == "io-error" {
             if !self.blame(look, now) {
                 return;
             }
-        } else if !self.io.interrupted && !is_left_by_reset(&look.run, self.io.outages().next().is_some()) {
+        } else if !self.is_ours(&look.run) {
             // Somebody paused it, or it has not begun: nothing fails meanwhile.
             self.io.not_before = Some(Instant::now() + AGAIN);
             return;
@@ -51,6 +56,16 @@ impl Owner {
         self.unplug_due();
         self.ask_before_tries(now);
         self.begin_turn(look, now, running);
+    }
+
+    /// Whether a VM that neither runs nor has failed stands still for a reason of ours: a turn was interrupted; or it was reset while it stood still
+    /// for an I/O error, which leaves it standing.
+    fn is_ours(&self, run: &str) -> bool {
+        match run {
+            "paused" => self.io.interrupted,
+            "prelaunch" => self.io.outages().next().is_some(),
+            _ => false,
+        }
     }
 
     /// Finds out which disks stopped the VM; `false` if it was none of ours.
@@ -70,6 +85,9 @@ impl Owner {
         let parked = look.disks.values().any(|seen| Seat::of_node(&seen.node).is_some());
         let refused = self.io.proxies().any(|proxy| proxy.parked().is_some());
         let gave_back = std::mem::take(&mut self.io.gave_back) || orphaned || refused;
+        if std::mem::replace(&mut self.io.judged, true) && failed.is_empty() {
+            return !self.io.stuck;
+        }
         if failed.is_empty() && !(gave_back && self.io.explained < EXPLAINED) {
             // QEMU holds events back: those that are being tried are the first to suspect, then all that can stop it.
             let tried = |disk: &Disk| stops(disk) && disk.trying.is_some();
@@ -148,7 +166,7 @@ impl Owner {
     pub(super) fn begin_turn(&mut self, look: &Look, now: Uptime, running: bool) {
         if self.io.proxies().any(Proxy::is_missed) {
             // QEMU would stand still until it is back, which is soon.
-            self.io.not_before = Some(Instant::now() + AGAIN);
+            (self.io.put_off, self.io.not_before) = (true, Some(Instant::now() + AGAIN));
             return;
         }
         let mut turn = Turn { stop: running, go: !self.io.wants_pause, ..Turn::default() };
@@ -163,7 +181,9 @@ impl Owner {
             let (Some(seen), Some(disk)) = (look.disks.get(&id), self.io.disks.get_mut(&id)) else {
                 continue;
             };
-            let may_try = next.as_ref() == Some(&id);
+            // What pauses the VM waits for nobody else who does.
+            let joins = disk.io.retry.engine == Engine::Pause && disk.io.is_due(now);
+            let may_try = next.as_ref() == Some(&id) || next.is_some() && joins;
             let Wish { seat, tries, waits } = disk.wish(may_try, is_blk.contains(&id));
             turn.go &= !waits;
             if tries {
@@ -221,6 +241,7 @@ impl Owner {
     ) {
         self.io.give_back();
         self.io.gave_back = false;
+        self.io.judged &= !turn.go;
         let now = Uptime::now();
         for (id, done) in tried {
             if let Some(disk) = self.io.disks.get_mut(id) {
@@ -265,9 +286,4 @@ impl Owner {
         let frontend = placed.and_then(|placed| placed.spec.frontend.as_ref());
         frontend.is_some_and(|frontend| frontend.driver().starts_with("virtio-blk"))
     }
-}
-
-/// A reset of a VM that stood still for an I/O error leaves it standing.
-fn is_left_by_reset(run: &str, suspended: bool) -> bool {
-    run == "prelaunch" && suspended
 }

@@ -74,6 +74,13 @@ impl Owner {
         self.follow_layout();
         if self.run != VmState::Running {
             self.io.disks.values_mut().for_each(|disk| disk.hang.rests());
+            let hung = self.io.disks.iter().filter(|(_, disk)| disk.hang.hangs());
+            for id in hung.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
+                // Its requests wait in the device now, whatever its storage does: only that itself can tell.
+                if !self.ask_storage(&id) {
+                    self.judge_hang(&id, false);
+                }
+            }
             return;
         }
         if self.io.disks.is_empty() || self.io.watching {

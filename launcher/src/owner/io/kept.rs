@@ -4,11 +4,14 @@ use std::collections::BTreeMap;
 
 use devices::DeviceId;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tracing::warn;
 
-use super::disk::Drill;
+use super::disk::{Disk, Drill};
 use super::{Io, Owner, Phase};
 use crate::folders::write_volatile;
+use crate::owner::Reply;
+use crate::record::Stage;
 use crate::suspend::hang::Detector;
 use crate::suspend::parking::Parking;
 use crate::suspend::{DiskIo, Uptime};
@@ -69,10 +72,17 @@ impl Io {
     }
 
     /// Somebody wants the VM to be paused, or to go on.
-    pub(in crate::owner) fn want_pause(&mut self, wanted: bool) {
+    pub(in crate::owner) fn want_pause(&mut self, wanted: bool, reply: Reply) {
         self.wants_pause = wanted;
         if !self.disks.is_empty() {
             self.keep();
+        }
+        if self.phase == Phase::Turning {
+            // What the turn does to the VM was decided before.
+            self.standstills.push(reply);
+        } else {
+            // Whoever asked may have gone.
+            let _ = reply.send(Ok(json!({})));
         }
     }
 }
@@ -83,9 +93,11 @@ impl Owner {
         let kept = self.io.kept();
         (self.io.places, self.io.drills) = (kept.places, kept.drills);
         (self.io.interrupted, self.io.wants_pause) = (kept.interrupted, kept.wants_pause);
-        self.follow_layout();
+        // A disk that is leaving may do so for long, and fails like any other meanwhile.
+        self.follow(&[Stage::Present, Stage::Leaving]);
         for (id, kept) in kept.disks {
-            if let Some(disk) = self.io.disks.get_mut(&id) {
+            let same = |disk: &&mut Disk| disk.io.retry.engine == kept.io.retry.engine;
+            if let Some(disk) = self.io.disks.get_mut(&id).filter(same) {
                 (disk.io, disk.top, disk.size_bytes) = (kept.io, kept.top, kept.size_bytes);
                 disk.drill = kept.drill.map(|(node, until)| Drill { node, add: None, until });
                 if kept.hangs {

@@ -27,12 +27,12 @@ use std::time::Duration;
 use devices::DeviceId;
 use devices::retry::{AtTimeout, Engine, Retry};
 use qmp_client::{BlockIoError, IoAction, Qmp, QmpError, Timestamp};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use super::{Finished, Owner};
+use super::{Finished, Owner, Reply};
 use crate::host::need::Host;
 use crate::record::Stage;
 use crate::status::{IoState, IoStatus};
@@ -98,6 +98,12 @@ pub(super) struct Io {
     explained: u32,
     /// A disk of another policy stopped the VM: it stands still until a person says otherwise.
     stuck: bool,
+    /// Whether it is known why the VM stands still: a second look at the same stop finds nobody else to blame.
+    judged: bool,
+    /// Whether a turn is due that could not be begun.
+    put_off: bool,
+    /// Whoever is to be told, when the turn is done, that it is known whether the VM is to be paused.
+    standstills: Vec<Reply>,
     /// Whether a turn of ours left the VM standing still.
     interrupted: bool,
     /// Whether somebody wants the VM to be paused.
@@ -144,6 +150,9 @@ impl Io {
             gave_back: false,
             explained: 0,
             stuck: false,
+            judged: false,
+            put_off: false,
+            standstills: Vec::new(),
             interrupted: false,
             wants_pause: false,
             beat: None,
@@ -215,6 +224,9 @@ impl Io {
         if self.phase != Phase::Idle || self.stuck {
             return None;
         }
+        if self.put_off {
+            return Some(now);
+        }
         let alone = self.tried_alone(Uptime::now());
         let disks = self.disks.values().filter(|disk| !alone || disk.trying.is_some());
         disks.filter_map(|disk| disk.next_look(now)).min()
@@ -272,10 +284,15 @@ impl Io {
 impl Owner {
     /// Disks that came since.
     pub(super) fn follow_layout(&mut self) {
+        self.follow(&[Stage::Present]);
+    }
+
+    /// Disks in one of these stages.
+    fn follow(&mut self, stages: &[Stage]) {
         let disks = &mut self.io.disks;
         for placed in self.layout.devices() {
-            let is_whole = self.stages.get(&placed.id) == Some(&Stage::Present);
-            if disks.contains_key(&placed.id) || !is_whole {
+            let is_wanted = self.stages.get(&placed.id).is_some_and(|stage| stages.contains(stage));
+            if disks.contains_key(&placed.id) || !is_wanted {
                 continue;
             }
             if let Some((retry, top)) = retrying(placed) {
@@ -307,7 +324,12 @@ impl Owner {
     /// A disk is gone: gives the nodes that stood in for its own, and the line to its proxy. The nodes are given again until
     /// [`Owner::forget_stand_ins`], since QEMU may use them a moment longer than the device.
     pub(super) fn stand_ins(&mut self, id: &DeviceId) -> (Vec<String>, Option<Line>) {
-        let (drill, proxy) = self.io.disks.remove(id).map_or((None, None), |disk| (disk.drill, disk.proxy));
+        let gone = self.io.disks.remove(id);
+        if gone.is_some() {
+            // Another disk of its name begins anew.
+            self.io.keep();
+        }
+        let (drill, proxy) = gone.map_or((None, None), |disk| (disk.drill, disk.proxy));
         let drill = drill.filter(|drill| drill.add.is_none());
         let parked = self.io.parking.as_mut().map(|parking| parking.forget(id)).unwrap_or_default();
         let stand_ins = self.io.stand_ins.entry(id.clone()).or_default();
@@ -367,7 +389,9 @@ impl Owner {
     pub(super) fn io_stopped(&mut self) {
         if self.io.disks.values().any(|disk| disk.io.retry.engine != Engine::Native) {
             // It drains now: nothing may keep it waiting. What was given back before explains the stop, what is given back now does not.
-            let explained = self.io.gave_back;
+            let given = self.io.disks.values().any(|disk| disk.parked)
+                && self.io.parking.as_ref().is_some_and(|parking| !parking.is_silent());
+            let explained = self.io.gave_back || given;
             self.io.give_back();
             self.io.gave_back = explained;
             self.look_at_io();
@@ -376,6 +400,7 @@ impl Owner {
 
     /// The VM goes on. Of a disk whose timeout paused it nobody but the person who resumed it would know how it goes.
     pub(super) fn io_resumed(&mut self) {
+        self.io.judged = false;
         if self.io.outages().any(|outage| outage.timed_out == Some(AtTimeout::Pause)) {
             self.look_at_io();
         }
@@ -414,7 +439,7 @@ impl Owner {
                 self.io.phase = Phase::Idle;
                 self.io.not_before = Some(Instant::now() + BREATH);
                 self.decide(&look);
-                if self.io.phase == Phase::Idle {
+                if self.io.phase == Phase::Idle && !self.io.put_off {
                     self.unpark();
                 }
             }
@@ -436,13 +461,17 @@ impl Owner {
                     }
                     Err(error) => {
                         warn!(%error, "a disk could not be moved: trying again");
-                        self.io.interrupted = true;
+                        (self.io.interrupted, self.io.judged) = (true, true);
                         self.io.not_before = Some(Instant::now() + AGAIN);
                         self.io.give_back();
                         self.io.renew_nodes();
                     }
                 }
                 self.io.keep();
+                for reply in self.io.standstills.drain(..) {
+                    // Whoever asked may have gone.
+                    let _ = reply.send(Ok(json!({})));
+                }
                 self.look();
             }
         }

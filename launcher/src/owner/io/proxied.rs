@@ -90,7 +90,8 @@ fn follow(io: &mut DiskIo, before: Option<&State>, state: &State) -> Vec<Change>
     let now = Uptime::now();
     let rose = |count: fn(&State) -> u64| before.is_some_and(|before| count(state) > count(before));
     let mut changes = Vec::new();
-    let is_new = before.is_none_or(|before| before.attempts != state.attempts);
+    // Of an outage that a former owner saw the attempts are counted.
+    let is_new = before.map_or(io.outage.is_none(), |before| before.attempts != state.attempts);
     if (state.attempts.is_some() && is_new) || (rose(|state| state.outages) && io.outage.is_none()) {
         let what = What {
             operation: state.operation.clone().unwrap_or_default(),

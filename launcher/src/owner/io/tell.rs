@@ -25,6 +25,11 @@ impl Owner {
             let _ = reply.send(Err(not_now(&why, "it does so at each interval, and cannot be told to")));
             return;
         }
+        if disk.io.outage.as_ref().is_some_and(|outage| outage.timed_out == Some(AtTimeout::Pause)) {
+            let next = format!("`qvirt resume {}` tries its storage", self.launch.vm);
+            let _ = reply.send(Err(not_now(&format!("the timeout of disk {id} has paused the VM"), &next)));
+            return;
+        }
         if let Some(proxy) = &disk.proxy {
             proxy.line.teller().tell(json!({"command": "retry"}));
         }
