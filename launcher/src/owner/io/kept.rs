@@ -17,7 +17,7 @@ use crate::suspend::parking::Parking;
 use crate::suspend::{DiskIo, Uptime};
 
 /// What is kept for the next owner.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Kept {
     /// Numbers of nodes that were used.
     places: u32,
@@ -31,7 +31,7 @@ struct Kept {
     wants_pause: bool,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct KeptDisk {
     io: DiskIo,
     top: String,
@@ -65,6 +65,11 @@ impl Io {
             interrupted: self.interrupted || self.phase == Phase::Turning,
             wants_pause: self.wants_pause,
         };
+        if kept == Kept::default() {
+            // Nothing is to be known. That there is no file is as well.
+            let _ = std::fs::remove_file(&self.file);
+            return;
+        }
         let text = serde_json::to_vec(&kept).unwrap_or_default();
         if let Err(error) = write_volatile(&self.file, &text) {
             warn!(%error, "the state of suspended disks is not kept: another owner would begin their clocks anew");
