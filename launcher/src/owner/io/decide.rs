@@ -242,6 +242,12 @@ impl Owner {
         self.io.give_back();
         self.io.gave_back = false;
         self.io.judged &= !turn.go;
+        for step in &turn.moves {
+            if let Some(disk) = self.io.disks.get_mut(&step.id) {
+                // Known before the next look: who fails at once on its own node was not given back.
+                disk.parked = Seat::of_node(&step.node).is_some();
+            }
+        }
         let now = Uptime::now();
         for (id, done) in tried {
             if let Some(disk) = self.io.disks.get_mut(id) {
