@@ -5,6 +5,7 @@
 
 mod check;
 mod medium;
+mod overlay;
 mod shared;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 pub use check::check_spec;
 use check::{check, hot_pluggable, needs, seat};
 pub use medium::NewMedium;
+pub use overlay::{is_on_top, take_snapshot, writable_disks};
 
 use crate::address::Address;
 use crate::capabilities::Capabilities;

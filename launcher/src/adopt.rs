@@ -24,6 +24,7 @@ use crate::owner::Born;
 use crate::process::{Identity, Process, ProcessError};
 use crate::record::{Entry, Launch, Memory, RecordError, Stage};
 use crate::users;
+use crate::work::snapshot::Overlaying;
 use crate::work::{Workshop, peripherals};
 
 /// What a VM's runtime folder says of it.
@@ -180,10 +181,13 @@ async fn settle(
         layout.remember(device);
     }
     let mut devices = memory.devices.clone();
+    if let Some(overlaying) = &memory.overlaying {
+        settle_snapshot(shop, &mut layout, &mut devices, overlaying).await;
+    }
     for (device, _) in &mut devices {
         if let Some(wanted) = memory.media.get(&device.id) {
             info!(device = %device.id, "a change of its medium was interrupted");
-            layout.note_medium(wanted);
+            layout.note_nodes(wanted);
             *device = shop.settle_medium(device, wanted).await.unwrap_or_else(|| device.clone());
         }
     }
@@ -209,6 +213,27 @@ async fn settle(
         }
     }
     Ok((layout, stages))
+}
+
+/// A snapshot was being taken when the owner died: it was taken, or nothing of it is left.
+async fn settle_snapshot(
+    shop: &mut Workshop,
+    layout: &mut Layout,
+    devices: &mut [(Placed, Stage)],
+    overlaying: &Overlaying,
+) {
+    let name = &overlaying.snapshot.name;
+    info!(snapshot = %name, "it was interrupted");
+    overlaying.disks.iter().for_each(|(_, new)| layout.note_nodes(new));
+    let is_kept = match shop.settle_overlays(overlaying, true).await {
+        Some(is_kept) => is_kept,
+        // It is what a start would believe.
+        None => shop.host.store().read().is_ok_and(|book| book.snapshot(&shop.host.vm, name).is_some()),
+    };
+    for (_, new) in overlaying.disks.iter().filter(|_| is_kept) {
+        let known = devices.iter_mut().find(|(device, _)| device.id == new.id);
+        known.into_iter().for_each(|(device, _)| *device = new.clone());
+    }
 }
 
 /// What becomes of one device: its stage, or `None` if nothing is left of it.

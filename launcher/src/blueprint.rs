@@ -20,6 +20,7 @@ use crate::examine::{Answer, Question, examine};
 use crate::folders::{Folders, FoldersError, VmFiles};
 use crate::probe::{ProbeError, probe};
 use crate::process::{SpawnError, find_binary};
+use crate::snapshot::Store;
 
 /// A machine that cannot be had.
 #[derive(Debug, Error)]
@@ -77,7 +78,8 @@ impl Blueprint {
         let files = folders.vm(&config.name)?;
         let binary = find_binary(&config.qemu)?;
         let qemu = probe(&binary, &folders.cache).await?;
-        let answers = examine(&questions(&config)).await;
+        let store = Store::new(&folders.state);
+        let answers = examine(&questions(&config, &store)).await;
         Blueprint::plan(config, binary, qemu, &accel::HostFacts::read(), &files, answers)
     }
 
@@ -88,8 +90,9 @@ impl Blueprint {
         qemu: Capabilities,
         host: &accel::HostFacts,
         files: &VmFiles,
+        store: &Store,
     ) -> Result<Blueprint, BlueprintError> {
-        let answers = questions(&config).iter().map(Question::answer).collect();
+        let answers = questions(&config, store).iter().map(Question::answer).collect();
         Blueprint::plan(config, binary, qemu, host, files, answers)
     }
 
@@ -115,6 +118,15 @@ impl Blueprint {
         Ok(Blueprint { config, binary, qemu, machine, layout, accel_reason })
     }
 
+    /// Which disks do not start from the image that their config names, for people.
+    pub fn tops(&self) -> impl Iterator<Item = String> {
+        self.layout.devices().iter().filter_map(|device| {
+            let (named, top) = (device.config.image()?, device.layers().into_iter().next()?);
+            let (id, top) = (&device.id, top.path);
+            (named != top).then(|| format!("{id}: starts from {top}, the top of the chain on {named}"))
+        })
+    }
+
     /// The command line without the program's name. `monitors` are the descriptors of the two QMP listeners, as words.
     pub fn argv(&self, monitors: [&str; 2], numbers: &Numbers) -> Vec<String> {
         let mut words = Machine::prelude();
@@ -132,8 +144,8 @@ impl Blueprint {
 }
 
 /// All that is to be looked at before a config is planned: images of devices, firmware, kernel files.
-fn questions(config: &VmConfig) -> Vec<Question> {
-    let devices = config.devices.iter().filter_map(Question::of);
+fn questions(config: &VmConfig, store: &Store) -> Vec<Question> {
+    let devices = config.devices.iter().filter_map(|device| Question::of(device, store));
     let firmware = firmware(config).map(|path| Question::Image(path.clone(), Some(Format::Raw)));
     devices.chain(firmware).chain(kernel(config).map(|path| Question::File(path.clone()))).collect()
 }
@@ -152,9 +164,9 @@ fn facts_of(config: &VmConfig, files: &VmFiles, answers: Vec<Answer>) -> Result<
     let mut answers = answers.into_iter();
     let mut next = || answers.next().unwrap_or_else(|| Err("it was not looked at: try again".to_owned()));
     for (index, device) in config.devices.iter().enumerate() {
-        if let Some(question) = Question::of(device) {
+        if let Some(path) = Question::subject(device) {
             let layers = next().map_err(|error| config.at_device(index, error))?;
-            facts.chains.insert(question.path().to_owned(), layers);
+            facts.chains.insert(path.to_owned(), layers);
         }
     }
     for _ in firmware(config) {

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::Command;
 
 use crate::image;
+use crate::snapshot::{Store, top};
 
 /// The command by which this program is started for it.
 pub const COMMAND: &str = "examine-images";
@@ -28,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub enum Question {
     /// An image with its chain of backing files.
     Image(String, Option<Format>),
+    /// What a disk starts from that writes the image of that path: the top of its chain. With the folder of what is known of snapshots.
+    Top(String, Option<Format>, PathBuf),
     /// A file that QEMU will open.
     File(String),
 }
@@ -37,17 +41,23 @@ pub type Answer = Result<Vec<Layer>, String>;
 
 impl Question {
     /// What must be known of a device's image; nothing where the config itself is wrong, which planning says.
-    pub fn of(device: &DeviceConfig) -> Option<Question> {
+    pub fn of(device: &DeviceConfig, store: &Store) -> Option<Question> {
         let DeviceConfig::Disk(disk) = device else { return None };
-        let path =
-            disk.path.as_ref().filter(|path| path.starts_with('/') && !path.chars().any(char::is_control));
-        path.map(|path| Question::Image(path.clone(), disk.format))
+        Question::subject(device).map(|path| match disk.is_read_only() {
+            true => Question::Image(path.to_owned(), disk.format),
+            false => Question::Top(path.to_owned(), disk.format, store.folder().to_owned()),
+        })
+    }
+
+    /// The image that it would be about.
+    pub fn subject(device: &DeviceConfig) -> Option<&str> {
+        device.image().filter(|path| path.starts_with('/') && !path.chars().any(char::is_control))
     }
 
     /// The path that it is about.
     pub fn path(&self) -> &str {
         match self {
-            Question::Image(path, _) | Question::File(path) => path,
+            Question::Image(path, _) | Question::Top(path, ..) | Question::File(path) => path,
         }
     }
 
@@ -56,6 +66,9 @@ impl Question {
         match self {
             Question::Image(path, format) => {
                 image::chain(path, *format).map_err(|error| crate::request::chain(&error))
+            }
+            Question::Top(path, format, folder) => {
+                top::chain(&Store::new(folder), path, *format).map_err(|error| crate::request::chain(&error))
             }
             Question::File(path) => File::open(path).map(|_| Vec::new()).map_err(|error| error.to_string()),
         }

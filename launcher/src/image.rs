@@ -161,6 +161,37 @@ fn read_at(file: &File, offset: u64, length: usize) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The backing file that the header of a qcow2 image names, and its format.
+///
+/// # Errors
+/// It is no qcow2 image, or names what is refused.
+pub fn backing_of(path: &Path) -> Result<Option<(String, Format)>, ImageError> {
+    let (file, _) = open(path)?;
+    backing(&file, path)
+}
+
+/// The size in bytes that a guest sees of an image.
+///
+/// # Errors
+/// It cannot be opened or read, or is not of that format.
+pub fn virtual_size(layer: &Layer) -> Result<u64, ImageError> {
+    let path = Path::new(&layer.path);
+    let failed = |source| ImageError::Read { path: path.to_owned(), source };
+    let (mut file, _) = open(path)?;
+    if layer.format == Format::Raw {
+        // Of a block device the length of the file says nothing.
+        return io::Seek::seek(&mut file, io::SeekFrom::End(0)).map_err(failed);
+    }
+    let header = read_at(&file, 0, 32).map_err(failed)?;
+    match header.get(24..32).and_then(|bytes| bytes.try_into().ok()).filter(|_| header.starts_with(MAGIC)) {
+        Some(bytes) => Ok(u64::from_be_bytes(bytes)),
+        None => Err(ImageError::NotQcow2 {
+            path: path.to_owned(),
+            reason: "it does not begin with QFI\\xfb".to_owned(),
+        }),
+    }
+}
+
 const MAGIC: &[u8] = b"QFI\xfb";
 /// Header extension "backing file format name", from QEMU's docs/interop/qcow2.
 const BACKING_FORMAT: u32 = 0xe279_2aca;

@@ -184,6 +184,10 @@ impl Launching<'_> {
             state_dir: folders.state_dir(vm),
             leases: Leases::open(&folders.leases)?,
         };
+        // Of an owner that died with the host.
+        if let Err(error) = host.store().sweep(vm) {
+            warn!(error = crate::request::chain(&error), "an overlay that was not finished may be left");
+        }
         self.host = Some(Arc::new(host));
         let (journal, remains) = Journal::open(&self.files.journal(), vm)?;
         self.journal = Some(journal);
@@ -375,6 +379,9 @@ pub fn clear_up(
             outcome = outcome.and(Err(Unfinished { vm: host.vm.clone(), id: device.id.clone(), source }));
         }
     }
+    if let Err(error) = host.store().sweep(&host.vm) {
+        warn!(error = crate::request::chain(&error), "an overlay that was not finished may be left");
+    }
     if let Err(error) = host.leases.release_all(&host.vm, run_dir) {
         warn!(error = crate::request::chain(&error), "could not release all leases");
     }
@@ -382,7 +389,7 @@ pub fn clear_up(
 }
 
 /// Moves the folder aside first: whoever launches the VM meanwhile makes it anew, and keeps it.
-fn remove_folder(run_dir: &Path) {
+pub(crate) fn remove_folder(run_dir: &Path) {
     let name = run_dir.file_name().unwrap_or_default().to_string_lossy();
     let aside = run_dir.with_file_name(format!(".gone-{name}-{}", std::process::id()));
     let removed = match std::fs::rename(run_dir, &aside) {

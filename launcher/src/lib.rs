@@ -11,7 +11,7 @@
 //! serves clients in QMP; `policy` says which raw commands pass, and `refuse` what does not while the storage of a disk fails. `work` makes and
 //! unmakes devices; `host` is what they need of this machine. `adopt` takes over a VM whose owner died, and clears up behind a dead one, from
 //! `record` and `journal`. `incoming` compares a config with a VM that is to migrate into it. `suspend` has the engines for disks whose storage
-//! fails, `nbd` a small NBD server for I/O that must wait meanwhile, `proxy` the process built on it that stands in front of an image. `cli` is
+//! fails, `snapshot` which image is the top of a disk's chain, `nbd` a small NBD server for I/O that must wait meanwhile, `proxy` the process built on it that stands in front of an image. `cli` is
 //! one client among others.
 //!
 //! No device option is spelled here: that is the `devices` crate's. No QMP is framed here: that is `qmp-client`'s.
@@ -45,6 +45,7 @@ pub mod quirks;
 pub mod record;
 pub mod refuse;
 pub mod request;
+pub mod snapshot;
 pub mod status;
 pub mod storage;
 pub mod suspend;

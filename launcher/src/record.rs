@@ -16,6 +16,7 @@ use crate::folders::{VmName, WriteError, write_volatile};
 use crate::notify::Notify;
 use crate::process::Identity;
 use crate::status::IoFault;
+use crate::work::snapshot::Overlaying;
 
 /// Format of the record and of the journal's entries. A newer one is refused, older ones are read.
 pub const FORMAT: u32 = 1;
@@ -138,6 +139,13 @@ pub enum Entry {
     Medium(Box<Placed>),
     /// A drive has the medium that it is to have: how it is.
     Drive(Box<Placed>),
+    /// Disks are about to get overlays.
+    Overlay(Box<Overlaying>),
+    /// They have them, or nothing is left of these.
+    Overlaid {
+        /// Whether they have them.
+        kept: bool,
+    },
     /// A disk has failed: the last error, so that a later owner knows of it.
     Fault {
         /// The device.
@@ -165,6 +173,8 @@ pub struct Memory {
     pub gone: BTreeMap<DeviceId, Placed>,
     /// Drives as they will be, of which it is not known whether they are.
     pub media: BTreeMap<DeviceId, Placed>,
+    /// Disks that will have overlays, of which it is not known whether they do.
+    pub overlaying: Option<Overlaying>,
     /// I/O errors of devices.
     pub faults: BTreeMap<DeviceId, IoFault>,
 }
@@ -193,6 +203,14 @@ impl Memory {
                     memory.media.remove(&drive.id);
                     let known = memory.devices.iter_mut().find(|(device, _)| device.id == drive.id);
                     known.into_iter().for_each(|(device, _)| *device = (*drive).clone());
+                }
+                Entry::Overlay(overlaying) => memory.overlaying = Some(*overlaying),
+                Entry::Overlaid { kept } => {
+                    let overlaying = memory.overlaying.take().filter(|_| kept);
+                    for (_, new) in overlaying.into_iter().flat_map(|overlaying| overlaying.disks) {
+                        let known = memory.devices.iter_mut().find(|(device, _)| device.id == new.id);
+                        known.into_iter().for_each(|(device, _)| *device = new.clone());
+                    }
                 }
                 Entry::Fault { id, fault } => drop(memory.faults.insert(id, *fault)),
                 Entry::Gone { id } => {
@@ -223,6 +241,7 @@ impl Memory {
             .chain(self.live.then_some(Entry::Live))
             .chain(stages)
             .chain(self.media.values().map(|drive| Entry::Medium(Box::new(drive.clone()))))
+            .chain(self.overlaying.iter().map(|overlaying| Entry::Overlay(Box::new(overlaying.clone()))))
             .chain(faults)
             .collect()
     }

@@ -75,6 +75,7 @@ impl Status {
                 ("media", Obstacle::Storage(drive.chain(&media.path).map(String::as_str).collect()))
             }
             Request::Detach(detach) => ("detach", Obstacle::Disk(&detach.id)),
+            Request::SnapshotCreate(_) => ("snapshot", Obstacle::Any),
             Request::Shutdown(_) => ("shutdown", Obstacle::Guest),
             Request::Reboot(_) => ("reboot", Obstacle::Guest),
             Request::Reset => ("reset", Obstacle::Boot),

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
 
+use crate::snapshot::SnapshotName;
+
 /// Arguments of `qvirt-attach`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -53,6 +55,41 @@ pub struct Media {
     /// Whether a guest that has locked the drive is not asked.
     #[serde(default)]
     pub force: bool,
+}
+
+/// A disk of a snapshot.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct SnapshotFile {
+    /// Id or target label.
+    pub id: String,
+    /// Absolute path of its overlay; default: beside the base image, named after it and the snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+}
+
+/// Arguments of `qvirt-snapshot-create`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct SnapshotCreate {
+    /// Default: the time, in seconds since 1970.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<SnapshotName>,
+    /// The disks; default: all that are written.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<SnapshotFile>,
+    /// Ids or target labels of disks that take no part.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude: Vec<String>,
+    /// Whether the guest's file systems are frozen meanwhile.
+    #[serde(default)]
+    pub quiesce: bool,
+    /// Whether the overlays may be made where there is no room for all that the guest could write.
+    #[serde(default)]
+    pub sparse: bool,
+    /// For people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
 }
 
 /// Arguments of `qvirt-detach`.
@@ -152,6 +189,8 @@ pub enum Request {
     Devices,
     /// `qvirt-media`
     Media(Media),
+    /// `qvirt-snapshot-create`
+    SnapshotCreate(SnapshotCreate),
     /// `qvirt-detach`
     Detach(Detach),
     /// `qvirt-shutdown`
@@ -184,6 +223,7 @@ pub const COMMANDS: &[&str] = &[
     "qvirt-devices",
     "qvirt-attach",
     "qvirt-media",
+    "qvirt-snapshot-create",
     "qvirt-detach",
     "qvirt-shutdown",
     "qvirt-reboot",
@@ -282,6 +322,7 @@ impl Request {
             "qvirt-attach" => arguments_of(name, arguments).map(|a| Request::Attach(Box::new(a))),
             "qvirt-devices" => Ok(Request::Devices),
             "qvirt-media" => arguments_of(name, arguments).map(Request::Media),
+            "qvirt-snapshot-create" => arguments_of(name, arguments).map(Request::SnapshotCreate),
             "qvirt-detach" => arguments_of(name, arguments).map(Request::Detach),
             "qvirt-shutdown" => arguments_of(name, arguments).map(Request::Shutdown),
             "qvirt-reboot" => arguments_of(name, arguments).map(Request::Reboot),

@@ -1,5 +1,6 @@
 //! What a VM is doing, as a value that anyone may read at any time: published by the owner, printed by the CLI, policy of requests.
 
+use devices::host::Layer;
 use devices::retry::{AtTimeout, Policies, Retry};
 use devices::topology::SeatCount;
 use serde::{Deserialize, Serialize};
@@ -183,6 +184,9 @@ pub struct DeviceStatus {
     pub pty: Option<String>,
     /// Whether qvirt made it for other devices' sake.
     pub on_demand: bool,
+    /// Of a disk: the layers of its image, the one that is written first.
+    #[serde(default)]
+    pub layers: Vec<Layer>,
     /// Its last I/O error.
     pub fault: Option<IoFault>,
     /// What a disk does at an error, QEMU's defaults filled in.

@@ -6,6 +6,7 @@
 //! other device.
 
 mod media;
+pub mod snapshot;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
@@ -50,6 +51,23 @@ pub enum StepError {
     /// The guest does not let go of a medium.
     #[error("the guest has locked the drive and keeps its medium: unmount it there, or use --force")]
     Locked,
+    /// QEMU said yes, and its disks do not stand on their overlays.
+    #[error(
+        "the transaction succeeded, and the disks do not stand on their overlays: this is a bug of qvirt or QEMU"
+    )]
+    NotOnTop,
+    /// What is known of snapshots.
+    #[error(transparent)]
+    Store(#[from] crate::snapshot::StoreError),
+    /// An overlay.
+    #[error(transparent)]
+    Overlay(#[from] crate::snapshot::files::OverlayError),
+    /// The guest agent.
+    #[error(transparent)]
+    Freeze(#[from] crate::snapshot::freeze::FreezeError),
+    /// Storage that does not answer.
+    #[error("the storage of the images has no answer after {0:?}: repair it, then try again")]
+    Storage(std::time::Duration),
     /// A descriptor that an earlier step should have opened.
     #[error("descriptor {0} was not opened")]
     NoDescriptor(String),

@@ -2,7 +2,7 @@
 //! is left on the host. No guest is needed: the QEMUs are real, their processors mostly never run.
 //!
 //! `configs`, `images`, `programs` and `host` have wrong inputs, `words` and `printing` the command line itself, `lives` the ways
-//! from one owner to the next, `on_error` disks that retry, `media` drives without a guest, `storage` what fails or hangs at the start, `socket` the
+//! from one owner to the next, `on_error` disks that retry, `media` drives without a guest, `snapshot` overlays without a guest, `storage` what fails or hangs at the start, `socket` the
 //! control socket byte by byte, `existing` a client that others wrote, and `contract` what qvirt takes QEMU to be able to.
 
 mod configs;
@@ -17,6 +17,7 @@ mod printing;
 mod programs;
 mod raw;
 mod scene;
+mod snapshot;
 mod socket;
 mod storage;
 mod words;

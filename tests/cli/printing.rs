@@ -146,6 +146,7 @@ fn running_vms() {
         "stage",
         "pty",
         "on_demand",
+        "layers",
         "fault",
         "policies",
         "on_error",

@@ -3,7 +3,7 @@
 use crate::scene::{bare, refused};
 
 /// Every command, with the words that its help must have.
-const COMMANDS: [(&str, &[&str]); 26] = [
+const COMMANDS: [(&str, &[&str]); 28] = [
     ("check", &["--incoming", "--against <STATUS.json>", "--argv", "--json", "<TARGET>"]),
     (
         "run",
@@ -30,6 +30,8 @@ const COMMANDS: [(&str, &[&str]); 26] = [
     ("media", &["<VM>", "<DRIVE>", "insert", "eject"]),
     ("detach", &["--live", "--config", "--wait", "--json"]),
     ("host", &["pci", "iommu", "usb"]),
+    ("blocks", &["<VM>", "--json"]),
+    ("snapshot", &["create", "list", "show"]),
     ("io", &["status", "retry", "fail", "set"]),
     ("drill", &["--fail-for", "--reads", "--writes", "--flushes"]),
     ("console", &["[DEVICE]", "--force"]),

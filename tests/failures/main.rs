@@ -3,7 +3,7 @@
 //!
 //! `sweep` fails each step from within, as the code counts them, so that a new step without a failure fails here; `commands` has QEMU fail,
 //! stall or die at each command, `guests` has guests that refuse, ignore and surprise, `endings` QEMUs that do not go, `media` fails the change of a
-//! medium, `notify` has programs that fail or hang, `native` disks that a fake QEMU retries by itself. `stage` is the VM, `holdings` what is
+//! medium, `snapshot` one that is taken, `notify` has programs that fail or hang, `native` disks that a fake QEMU retries by itself. `stage` is the VM, `holdings` what is
 //! compared.
 
 mod commands;
@@ -13,5 +13,6 @@ mod holdings;
 mod media;
 mod native;
 mod notify;
+mod snapshot;
 mod stage;
 mod sweep;

@@ -19,7 +19,7 @@ const IN_THE_LAB: [&str; 3] = ["tap", "vhost-net", "descriptor"];
 const MANY: u32 = 60;
 
 /// The name of the step that an output says failed on purpose.
-fn failed_step(output: &Output, work: &str, number: u32) -> Option<String> {
+pub fn failed_step(output: &Output, work: &str, number: u32) -> Option<String> {
     let text = format!("{}{}", output.stdout, output.stderr);
     let rest = text.split_once(&format!("failed on purpose at {work} step {number} ("))?.1;
     Some(rest.split_once(')')?.0.to_owned())

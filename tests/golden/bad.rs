@@ -77,8 +77,14 @@ impl Told {
 fn tell(case: &Case, qemu: &Recorded) -> Result<(), Told> {
     let config = VmConfig::read(&case.config).map_err(|error| Told::config(&error))?;
     let files = case.files(&config.name);
-    let drawn =
-        Blueprint::draw_for(config.clone(), "/qemu".into(), case.capabilities(qemu), &case.host(), &files);
+    let drawn = Blueprint::draw_for(
+        config.clone(),
+        "/qemu".into(),
+        case.capabilities(qemu),
+        &case.host(),
+        &files,
+        &case.store(),
+    );
     let blueprint = drawn.map_err(|error| {
         let reason = reason(&config, case, qemu);
         let text = error.to_string();

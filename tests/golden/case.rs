@@ -2,7 +2,7 @@
 //!
 //! Lines that begin with `#!` prepare the folder and the host: `raw NAME`, `qcow2 NAME [BACKING [FORMAT]]`, `text NAME WORD`,
 //! `folder NAME`, `block NAME` (a file that counts as a block device), `no-kvm`, `no-json-options`, `qemu-retries`,
-//! `without BLOCK-DRIVER`, `detach ID`.
+//! `without BLOCK-DRIVER`, `detach ID`, `snapshot` (what a snapshot of its disks is).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use launcher::accel::{HostFacts, KvmNode, Virtualization};
 use launcher::examine::Question;
 use launcher::folders::{Folders, VmFiles};
 use launcher::image::{self, ImageError};
+use launcher::snapshot::Store;
 use tempfile::TempDir;
 
 use crate::recorded::Recorded;
@@ -73,14 +74,17 @@ impl Case {
                 ["qcow2", name] => fs::write(path(name), qcow2(None, None)),
                 ["qcow2", name, backing] => fs::write(path(name), qcow2(Some(backing), None)),
                 ["qcow2", name, backing, format] => fs::write(path(name), qcow2(Some(backing), Some(format))),
-                ["no-kvm" | "no-json-options" | "qemu-retries"] | ["detach" | "without", _] => Ok(()),
+                ["no-kvm" | "no-json-options" | "qemu-retries" | "snapshot"] | ["detach" | "without", _] => {
+                    Ok(())
+                }
                 _ => panic!("{}: directive {directive:?} is unknown", self.name),
             };
             written.expect("the folder is writable");
         }
     }
 
-    fn says(&self, word: &str) -> bool {
+    /// Whether it has a directive.
+    pub fn says(&self, word: &str) -> bool {
         self.directives.iter().any(|directive| directive[0] == word)
     }
 
@@ -111,6 +115,11 @@ impl Case {
     /// A file in the case's folder.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// What is known of snapshots: nothing.
+    pub fn store(&self) -> Store {
+        Store::new(&self.dir.path().join("lib"))
     }
 
     /// The runtime files of the case's VM.
@@ -182,9 +191,10 @@ pub fn all_good(results: impl IntoIterator<Item = Result<(), String>>) {
 
 /// Looks at a device's image, as planning wants it.
 pub fn learn(host: &mut devices::host::HostFacts, device: &DeviceConfig) -> Result<(), ImageError> {
-    if let Some(Question::Image(path, format)) = Question::of(device) {
-        let chain = image::chain(&path, format)?;
-        host.chains.insert(path, chain);
+    // There are no snapshots, so what is written is what a config names.
+    if let (Some(path), DeviceConfig::Disk(disk)) = (Question::subject(device), device) {
+        let chain = image::chain(path, disk.format)?;
+        host.chains.insert(path.to_owned(), chain);
     }
     Ok(())
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use devices::disk::{Aio, Cache, Discard};
 use devices::host::HostFacts;
+use devices::layout::take_snapshot;
 use devices::retry::{AtTimeout, EngineWish, ErrorPolicy};
 use devices::spec::Numbers;
 use devices::topology::Topology;
@@ -23,14 +24,22 @@ struct Drawn {
     argv_text: String,
     qmp: Vec<Value>,
     qmp_text: String,
+    snapshot: Vec<Value>,
+    snapshot_text: String,
 }
 
 fn draw(case: &Case, qemu: &Recorded) -> Drawn {
     let config = VmConfig::read(&case.config).unwrap_or_else(|e| panic!("{}: {e}", case.name));
     let files = case.files(&config.name);
     let own_uuid = config.uuid.is_none();
-    let drawn =
-        Blueprint::draw_for(config, "/usr/bin/qemu".into(), case.capabilities(qemu), &case.host(), &files);
+    let drawn = Blueprint::draw_for(
+        config,
+        "/usr/bin/qemu".into(),
+        case.capabilities(qemu),
+        &case.host(),
+        &files,
+        &case.store(),
+    );
     let mut blueprint = drawn.unwrap_or_else(|e| panic!("{} for QEMU {}: {e}", case.name, qemu.version));
     if own_uuid {
         blueprint.machine.uuid = "$UUID".to_owned();
@@ -39,11 +48,13 @@ fn draw(case: &Case, qemu: &Recorded) -> Drawn {
     let argv = pairs(&blueprint.argv(["qmp", "rescue"], &Numbers::new()));
     let argv_text: String = argv.iter().map(|[option, value]| format!("{option} {value}\n")).collect();
     let (qmp, qmp_text) = hot_plugs(case, &blueprint);
+    let (snapshot, snapshot_text) = snapshot(case, &blueprint);
     let normal = |text: String| {
         let mine = format!("-machine pc-q35-{}", qemu.version);
         case.normal(&text).replace(" \n", "\n").replace(&mine, "-machine pc-q35-$VERSION")
     };
-    Drawn { argv, argv_text: normal(argv_text), qmp, qmp_text: normal(qmp_text) }
+    let snapshot_text = normal(snapshot_text);
+    Drawn { argv, argv_text: normal(argv_text), qmp, qmp_text: normal(qmp_text), snapshot, snapshot_text }
 }
 
 /// Options with their values; a word that is none begins with `-`.
@@ -124,6 +135,35 @@ fn hot_plugs(case: &Case, blueprint: &Blueprint) -> (Vec<Value>, String) {
     (calls, kept + &text)
 }
 
+/// With `#! snapshot`: an overlay on each disk that can have one, and why the others cannot.
+fn snapshot(case: &Case, blueprint: &Blueprint) -> (Vec<Value>, String) {
+    let (mut calls, mut text, mut disks) = (Vec::new(), String::new(), Vec::new());
+    if !case.says("snapshot") {
+        return (calls, text);
+    }
+    let mut show = |text: &mut String, call: devices::spec::Call| {
+        let call = json!({"execute": call.execute, "arguments": call.arguments});
+        text.push_str(&format!("{call}\n"));
+        calls.push(call);
+    };
+    for old in blueprint.layout.devices().iter().filter(|d| matches!(d.config, DeviceConfig::Disk(_))) {
+        let path = case.path(&format!("{}.one.qcow2", old.id)).display().to_string();
+        match blueprint.layout.with_overlay(old.id.as_str(), &path, &blueprint.qemu) {
+            Ok(new) => {
+                text.push_str(&headline(&new));
+                new.overlay_nodes().into_iter().for_each(|call| show(&mut text, call));
+                disks.push((old, new));
+            }
+            Err(refusal) => text.push_str(&format!("# {refusal}\n")),
+        }
+    }
+    text.push_str("# at one instant\n");
+    show(&mut text, take_snapshot(disks.iter().map(|(old, new)| (*old, new))));
+    text.push_str("# undone before that instant\n");
+    disks.iter().flat_map(|(_, new)| new.overlay_nodes_undone()).for_each(|call| show(&mut text, call));
+    (calls, text)
+}
+
 /// What is not said in QMP: label, seat, and what the launcher has to prepare.
 fn headline(part: &devices::Placed) -> String {
     let label = part.label().map(|label| format!(", {label}")).unwrap_or_default();
@@ -169,6 +209,7 @@ fn every_case_gives_what_is_expected() {
         check("argv", Some(&new.argv_text));
         check("qmp", Some(&new.qmp_text));
         check("argv.7.2", (old.argv_text != new.argv_text).then_some(&old.argv_text));
+        check("snapshot", (!new.snapshot.is_empty()).then_some(&new.snapshot_text));
         check("qmp.7.2", (old.qmp_text != new.qmp_text).then_some(&old.qmp_text));
     }
     all_good(results);
@@ -198,7 +239,7 @@ fn every_case_fits_both_schemas() {
                     other => Err(format!("{name}: {other} has JSON, and no command is known for it")),
                 });
             }
-            for call in &drawn.qmp {
+            for call in drawn.qmp.iter().chain(&drawn.snapshot) {
                 results.push(check(call["execute"].as_str().unwrap_or(""), &call["arguments"]));
             }
         }

@@ -28,6 +28,11 @@ impl Storm {
             "disk",
             &format!("serial={id}"),
         );
+        Storm::of_disk(scene, id)
+    }
+
+    /// Begins on a disk that the guest has, by its serial number, which is its id.
+    pub fn of_disk(scene: &mut Scene, id: &str) -> Storm {
         let name = format!("/dev/{}", scene.disk(id));
         scene.guest.pattern_start(&name, PatternWish::default()).expect("the pattern starts");
         let storm = Storm { id: id.to_owned(), name };

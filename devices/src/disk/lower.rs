@@ -84,6 +84,22 @@ impl DiskConfig {
         DeviceSpec { id: id.clone(), backends, frontend: Some(Frontend(frontend)) }
     }
 
+    /// The nodes of a new top layer, above the node `below`.
+    pub(crate) fn overlay(
+        &self,
+        id: &DeviceId,
+        layer: &Layer,
+        generation: Generation,
+        below: String,
+        retry: Option<&Retry>,
+    ) -> [Backend; 2] {
+        let is_left = retry.is_some_and(|retry| retry.engine == Engine::Hold);
+        [
+            self.file_node(id, layer, generation, is_left),
+            self.format_node(id, layer, generation, 0, Some(below)),
+        ]
+    }
+
     /// Without a mode QEMU's defaults stand, which are those of `writeback`: its monitor reads a byte at a time, so what need not be said
     /// is not said.
     fn cache_options(&self) -> Option<serde_json::Value> {

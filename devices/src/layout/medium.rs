@@ -51,9 +51,9 @@ impl Layout {
         Ok(Placed { config, spec, needs, ..drive })
     }
 
-    /// Nodes of a drive with another medium were made: no other medium gets their names.
-    pub fn note_medium(&mut self, drive: &Placed) {
-        self.note_generation(drive);
+    /// Nodes of another medium or of an overlay were made: nothing else gets their names.
+    pub fn note_nodes(&mut self, disk: &Placed) {
+        self.note_generation(disk);
     }
 
     /// Takes a device for what it is now; it has the place of the former one of its id.

@@ -11,6 +11,7 @@ use devices::units::Millis;
 
 use crate::folders::VmName;
 use crate::host::pci::Class;
+use crate::snapshot::SnapshotName;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -117,6 +118,17 @@ pub enum Command {
     Detach(Detach),
     /// Put another medium into a CD-ROM drive, or take it out
     Media(Media),
+    /// Show the disks of a VM, running or not: target label, format, size, I/O status, and the chain of images each stands on
+    Blocks {
+        /// The VM, or a VM file
+        vm: String,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Snapshots of a VM's disks, of a running or a stopped VM
+    #[command(subcommand)]
+    Snapshot(Snapshot),
     /// Disks that retry: show them, try or fail them now, change how they retry
     #[command(subcommand)]
     Io(Io),
@@ -205,6 +217,59 @@ pub enum Host {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Snapshot {
+    /// Keep the disks as they are now, all at one instant; what the guest writes from then on goes to overlays
+    ///
+    /// External, of disks only. An overlay lies beside the image that the config names: web.NAME.qcow2 for web.img. The config stays: whatever is run
+    /// next starts from the overlays.
+    Create(SnapshotCreate),
+    /// List the snapshots of a VM, the oldest first
+    List {
+        /// The VM
+        vm: VmName,
+        /// Print names only, each below the one that it came from
+        #[arg(long)]
+        tree: bool,
+        /// Print JSON
+        #[arg(long, conflicts_with = "tree")]
+        json: bool,
+    },
+    /// Show a snapshot
+    Show {
+        /// The VM
+        vm: VmName,
+        /// The snapshot
+        name: SnapshotName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct SnapshotCreate {
+    /// The VM, or a VM file
+    pub vm: String,
+    /// The snapshot's name; default: the seconds since 1970
+    pub name: Option<SnapshotName>,
+    /// A disk that takes part, by id or target label, and the file of its overlay; default: all that are written
+    #[arg(long, value_name = "DISK[=FILE]")]
+    pub disk: Vec<String>,
+    /// A disk that takes no part
+    #[arg(long, value_name = "DISK")]
+    pub exclude: Vec<String>,
+    /// Freeze the guest's file systems meanwhile, by its guest agent; they are thawed whatever happens
+    #[arg(long)]
+    pub quiesce: bool,
+    /// Do not ask for room for all that the guest could write
+    #[arg(long)]
+    pub sparse: bool,
+    /// Words for people
+    #[arg(long, value_name = "TEXT")]
+    pub description: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,9 +1,11 @@
 //! The command line: what each command is called, what it takes, what it prints, and its exit code.
 //!
 //! Commands on a running VM are clients of its control socket, like any other QMP client. `args` has the words, `run` owns a VM,
-//! `live` asks owners, `stored` keeps configs, `host` asks this machine, `plug` does attach and detach on either, `proxy` serves one image.
+//! `live` asks owners, `stored` keeps configs, `host` asks this machine, `plug` does attach and detach on either, `proxy` serves one image,
+//! `snapshot` and `blocks` have the chains of images.
 
 mod args;
+mod blocks;
 mod client;
 mod events;
 mod host;
@@ -14,6 +16,7 @@ mod plug;
 mod print;
 mod proxy;
 mod run;
+mod snapshot;
 mod stored;
 mod target;
 
@@ -215,6 +218,8 @@ async fn dispatch(arguments: args::Arguments) -> Result<Exit, Problem> {
         C::Attach(attach) => plug::attach(attach).await,
         C::Detach(detach) => plug::detach(detach).await,
         C::Media(media) => media::media(media).await,
+        C::Blocks { vm, json } => blocks::blocks(&vm, json).await,
+        C::Snapshot(command) => snapshot::snapshot(command).await,
         C::Io(command) => io::io(command).await,
         C::IoProbe { image } => io::probe(&image),
         C::Drill(drill) => io::drill(drill).await,

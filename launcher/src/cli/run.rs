@@ -22,7 +22,7 @@ use crate::launch::{clear_up, launch};
 use crate::owner::{Born, Ending, Handle, Owner, Signal};
 
 /// What a detached owner writes when the guest runs.
-const READY: &[u8] = b"ready\n";
+const READY: &str = "ready\n";
 
 /// How long clients may take to read what was on its way to them when the owner ends.
 const PARTING: Duration = Duration::from_millis(500);
@@ -116,6 +116,8 @@ async fn bring_up(folders: &Folders, vm: &VmName, args: &Run) -> Result<(Born, b
         return Err(no_console(vm));
     }
     let blueprint = Blueprint::draw(config, folders).await?;
+    // Whoever starts a detached one reads it up to the word that it is ready.
+    blueprint.tops().for_each(|words| println!("{words}"));
     Ok((launch(blueprint, folders, args.paused).await?, true))
 }
 
@@ -191,7 +193,7 @@ fn attach_console(console: Console, vm: &VmName) -> Result<(OwnedFd, JoinHandle<
 /// Tells whoever started us that the guest runs, and lets go of its pipe.
 fn detach_from_starter() -> Result<(), Problem> {
     let mut stdout = std::io::stdout();
-    stdout.write_all(READY)?;
+    stdout.write_all(READY.as_bytes())?;
     stdout.flush()?;
     let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null")?;
     rustix::stdio::dup2_stdout(&null).map_err(std::io::Error::from)?;
@@ -255,7 +257,8 @@ pub async fn start(args: Start) -> Result<Exit, Problem> {
     drop(command);
     let mut said = String::new();
     std::io::Read::read_to_string(&mut { reading }, &mut said)?;
-    if said.as_bytes() == READY {
+    if let Some(words) = said.strip_suffix(READY) {
+        print!("{words}");
         println!("{vm} is {}", if args.paused { "starting, paused" } else { "running" });
         return Ok(Exit::Done);
     }

@@ -65,7 +65,7 @@ pub async fn check(args: Check) -> Result<Exit, Problem> {
 /// What is allowed and yet worth a word.
 fn warnings(blueprint: &Blueprint) -> Vec<String> {
     let of = |device: &Placed| Some(format!("{}: {}", device.id, device.retry.as_ref()?.warning()?));
-    blueprint.layout.devices().iter().filter_map(of).collect()
+    blueprint.tops().chain(blueprint.layout.devices().iter().filter_map(of)).collect()
 }
 
 /// Refuses a VM that is to be migrated into and would treat I/O errors in another way than its source.

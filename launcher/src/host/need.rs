@@ -22,6 +22,7 @@ use crate::folders::VmName;
 use crate::lease::{Holder, LeaseError, LeaseKey, Leases, Mode, look};
 use crate::locks::LockError;
 use crate::process::SpawnError;
+use crate::snapshot::Store;
 
 /// A need that cannot be met, or not be given back.
 #[derive(Debug, Error)]
@@ -160,6 +161,11 @@ impl Host {
         let outcomes: Vec<_> =
             device.needs.iter().rev().map(|need| self.give_back(&device.id, need)).collect();
         outcomes.into_iter().collect()
+    }
+
+    /// What is known of snapshots.
+    pub fn store(&self) -> Store {
+        Store::new(self.state_dir.parent().unwrap_or(&self.state_dir))
     }
 
     /// Gives back the images that a device had and has no more.

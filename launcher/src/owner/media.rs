@@ -57,7 +57,7 @@ impl Owner {
 
     pub(super) fn on_changed(&mut self, changed: Changed) {
         if let Some((tried, is)) = changed.tried {
-            self.layout.note_medium(&tried);
+            self.layout.note_nodes(&tried);
             if let Some(drive) = is {
                 self.layout.replace(drive);
             }

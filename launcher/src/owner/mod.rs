@@ -18,6 +18,7 @@ mod end;
 mod io;
 mod media;
 mod plug;
+mod snapshot;
 mod truth;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -289,6 +290,7 @@ impl Owner {
         let drains = match request {
             Request::Attach(_) | Request::Detach(_) => Some("nothing is attached or detached"),
             Request::Media(_) => Some("no medium is changed"),
+            Request::SnapshotCreate(_) => Some("no snapshot is taken"),
             _ => None,
         };
         if let Some(refusal) = drains.and_then(|what| self.io.hang_refusal(what)) {
@@ -306,6 +308,7 @@ impl Owner {
                 let _ = reply.send(Ok(devices.collect()));
             }
             Request::Media(media) => self.media(media, reply),
+            Request::SnapshotCreate(wish) => self.snapshot(wish, reply),
             Request::Detach(detach) => self.detach(&detach, reply),
             Request::Shutdown(shutdown) => self.shut_down(&shutdown, reply),
             Request::Reboot(shutdown) => self.reboot(&shutdown, reply),
@@ -426,6 +429,7 @@ impl Owner {
             stage: self.stages.get(&placed.id).copied().unwrap_or(Stage::Present),
             pty: self.ptys.get(&placed.id.chardev()).cloned(),
             on_demand: placed.on_demand,
+            layers: placed.layers(),
             fault: self.faults.get(&placed.id).cloned(),
             policies: placed.policies(),
             on_error: self.io.retry(&placed.id).or_else(|| placed.retry.clone()),

@@ -4,6 +4,7 @@
 //! somebody refuses; until then the seat is taken, also after the owner was replaced. While a client waits, the guest is asked again now
 //! and then: a request made while it boots is lost.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use devices::host::HostFacts;
@@ -14,11 +15,12 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use super::media::Changed;
+use super::snapshot::Taken;
 use super::{Finished, Owner, Reply, not_now};
 use crate::examine::{Question, examine};
 use crate::launch::images;
 use crate::record::{Entry, Stage};
-use crate::request::{Attach, Attached, Class, Detach, Detached, Failure, Media};
+use crate::request::{Attach, Attached, Class, Detach, Detached, Failure, Media, SnapshotCreate};
 use crate::status::VmState;
 use crate::work::{Asked, StepError, WorkError, Workshop, dry_run};
 use crate::{quirks, users};
@@ -32,6 +34,8 @@ pub(super) enum Job {
     Attach(Box<Attach>, HostFacts, Reply),
     /// Change the medium of a drive.
     Media(Media, Reply),
+    /// Take a snapshot.
+    Snapshot(SnapshotCreate, Reply),
     /// Ask a device to leave.
     Ask(DeviceId),
     /// Clear up behind a device that is gone.
@@ -45,6 +49,8 @@ pub(super) enum Outcome {
     Attached(Vec<Placed>, Result<(), WorkError>, Reply),
     /// A drive has another medium, or not.
     Media(Box<Changed>),
+    /// A snapshot was taken, or not.
+    Snapshot(Box<Taken>),
     /// A device was asked to leave.
     Asked(DeviceId, Result<Asked, StepError>),
     /// A device's remains are gone, or not yet.
@@ -97,6 +103,7 @@ impl Owner {
                 Job::Facts(attach, reply) => self.gather_facts(attach, reply),
                 Job::Attach(attach, facts, reply) => self.attach(*attach, &facts, reply),
                 Job::Media(media, reply) => self.begin_media(media, reply),
+                Job::Snapshot(wish, reply) => self.begin_snapshot(wish, reply),
                 Job::Ask(id) => self.work(id, |mut shop, placed| async move {
                     let asked = shop.detach(&placed).await;
                     (shop, Outcome::Asked(placed.id, asked))
@@ -133,9 +140,10 @@ impl Owner {
     }
 
     fn gather_facts(&mut self, attach: Box<Attach>, reply: Reply) {
-        let Some(run_dir) = self.shop.as_ref().map(|shop| shop.host.run_dir.clone()) else { return };
+        let Some(host) = self.shop.as_ref().map(|shop| Arc::clone(&shop.host)) else { return };
+        let (run_dir, store) = (host.run_dir.clone(), host.store());
         let mut facts = HostFacts { run_dir: run_dir.to_string_lossy().into_owned(), ..HostFacts::default() };
-        let Some(question) = Question::of(&attach.device) else {
+        let Some(question) = Question::of(&attach.device, &store) else {
             return self.queue.push_front(Job::Attach(attach, facts, reply));
         };
         self.jobs.spawn(async move {
@@ -234,6 +242,7 @@ impl Owner {
             Outcome::Attached(parts, Ok(()), reply) => self.arrived(&parts, reply),
             Outcome::Attached(parts, Err(error), reply) => self.not_arrived(&parts, &error, reply),
             Outcome::Media(changed) => self.on_changed(*changed),
+            Outcome::Snapshot(taken) => self.on_taken(*taken),
             Outcome::Asked(id, asked) => self.on_asked(&id, asked),
             Outcome::Cleared(id, Ok(())) => self.gone(&id),
             Outcome::Cleared(id, Err(error)) => {

@@ -24,8 +24,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use devices::DeviceId;
 use devices::retry::{AtTimeout, Engine, Retry};
+use devices::{DeviceId, Placed};
 use qmp_client::{BlockIoError, IoAction, Qmp, QmpError, Timestamp};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
@@ -318,6 +318,13 @@ impl Owner {
                 };
                 disks.insert(placed.id.clone(), disk);
             }
+        }
+    }
+
+    /// A disk stands on another node of its own: a snapshot was taken.
+    pub(super) fn moved_to(&mut self, placed: &Placed) {
+        if let Some((disk, top)) = self.io.disks.get_mut(&placed.id).zip(placed.top_node()) {
+            top.clone_into(&mut disk.top);
         }
     }
 

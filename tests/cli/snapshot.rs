@@ -1,0 +1,337 @@
+//! `qvirt snapshot` and `qvirt blocks` where no guest is needed: what is refused, VMs that do not run, what is printed, and what nobody may open any more.
+
+use serde_json::Value;
+use tests::qemu::images;
+use tests::vm::{Vm, finished};
+
+use crate::scene::{bare, edit, file, refused, said, start_paused};
+
+const TABLES: &str = "[[disk]]\nid = \"sys\"\npath = \"sys.img\"\n[[disk]]\nid = \"data\"\npath = \"data.qcow2\"\nformat = \"qcow2\"\nbus = \"scsi\"\n\
+                      [[disk]]\nid = \"ro\"\npath = \"ro.img\"\nread_only = true\n[[disk]]\nid = \"cd\"\ndevice = \"cdrom\"\n";
+
+fn vm() -> Vm {
+    let vm = bare(TABLES);
+    vm.raw("sys.img", 4, "sys");
+    vm.raw("ro.img", 1, "ro");
+    vm.qcow2("data.qcow2", Ok(8));
+    vm
+}
+
+fn json(vm: &Vm, arguments: &[&str]) -> Value {
+    serde_json::from_str(&vm.ok(arguments)).expect("it is JSON")
+}
+
+/// The images in the VM's folder, without those of its config.
+fn overlays(vm: &Vm) -> Vec<String> {
+    let files = std::fs::read_dir(vm.path("")).expect("the folder").flatten();
+    let names = files.map(|file| file.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> =
+        names.filter(|name| name.ends_with(".qcow2") && name != "data.qcow2").collect();
+    names.sort();
+    names
+}
+
+/// Every image of a chain is whole.
+fn is_sound(vm: &Vm) {
+    for name in overlays(vm) {
+        let mut command = std::process::Command::new(images().qemu_img(vm.version()));
+        command.args(["check", "-q", "-U"]).arg(vm.path(&name));
+        let output = finished(
+            command
+                .stdout(std::process::Stdio::piped())
+                .stderr(std::process::Stdio::piped())
+                .spawn()
+                .expect("qemu-img"),
+        );
+        assert_eq!(output.code, 0, "{name}: {output}");
+    }
+}
+
+#[test]
+fn running_and_stopped() {
+    let vm = vm();
+    start_paused(&vm);
+    let made = vm.ok(&["snapshot", "create", "guest", "one", "--description", "before the change"]);
+    assert_eq!(
+        said(&vm, &made),
+        "guest has snapshot one\nsys writes to DIR/sys.one.qcow2 from now on\ndata writes to DIR/data.one.qcow2 from now on\n"
+    );
+    let blocks = said(&vm, &vm.ok(&["blocks", "guest"]));
+    assert_eq!(
+        blocks,
+        "DISK  TARGET  FORMAT  SIZE  I/O  SNAPSHOT  SOURCE\n\
+         sys   vda     qcow2   4MiB  ok   one       DIR/sys.one.qcow2 <- DIR/sys.img\n\
+         data  sda     qcow2   8MiB  ok   one       DIR/data.one.qcow2 <- DIR/data.qcow2\n\
+         ro    vdb     raw     1MiB  ok   -         DIR/ro.img\n\
+         cd    sdb     -       -     ok   -         -\n"
+    );
+    vm.end();
+
+    // A VM that was never defined starts from where it was, and says so; so does a check.
+    let check = vm.qvirt(&["check", &file(&vm)]);
+    assert!(
+        said(&vm, &check.stderr)
+            .contains("warning: sys: starts from DIR/sys.one.qcow2, the top of the chain on DIR/sys.img"),
+        "{check}"
+    );
+    let made = vm.ok(&["snapshot", "create", &file(&vm), "two", "--disk", "vda"]);
+    assert_eq!(said(&vm, &made), "guest has snapshot two\nsys writes to DIR/sys.two.qcow2 from now on\n");
+    let blocks = said(&vm, &vm.ok(&["blocks", &file(&vm)]));
+    assert!(
+        blocks.contains("sys   vda     qcow2   4MiB  -    two       DIR/sys.two.qcow2 <- DIR/sys.one.qcow2 <- DIR/sys.img\n")
+            && blocks.contains("data  sda     qcow2   8MiB  -    one       DIR/data.one.qcow2 <- DIR/data.qcow2\n"),
+        "{blocks}"
+    );
+    vm.nothing_left();
+    let started = said(&vm, &vm.ok(&["start", "--paused", &file(&vm)]));
+    assert_eq!(
+        started,
+        "sys: starts from DIR/sys.two.qcow2, the top of the chain on DIR/sys.img\n\
+         data: starts from DIR/data.one.qcow2, the top of the chain on DIR/data.qcow2\nguest is starting, paused\n"
+    );
+    // Of an image that lies elsewhere, and by another owner.
+    vm.ok(&["leave", "guest"]);
+    vm.start();
+    std::fs::create_dir(vm.path("sub")).expect("a folder");
+    vm.ok(&["snapshot", "create", "guest", "three", "--exclude", "data", "--disk", "sys=sub/x.qcow2"]);
+    let blocks = json(&vm, &["blocks", "guest", "--json"]);
+    assert_eq!(blocks[0]["source"], vm.path("sub/x.qcow2").display().to_string());
+    assert_eq!(blocks[0]["backing"].as_array().map(Vec::len), Some(3));
+    is_sound(&vm);
+    vm.end();
+    is_sound(&vm);
+}
+
+#[test]
+fn listed_and_shown() {
+    let vm = vm();
+    assert_eq!(
+        said(&vm, &vm.expect(5, &["snapshot", "list", "guest"]).stderr),
+        "qvirt: there is no VM guest: known are none; `qvirt define FILE` stores one\n"
+    );
+    vm.ok(&["snapshot", "create", &file(&vm), "one", "--description", "some words"]);
+    vm.ok(&["snapshot", "create", &file(&vm), "two", "--disk", "data"]);
+    assert_eq!(vm.ok(&["snapshot", "list", "guest", "--tree"]), "one\n  two\n");
+    let list = vm.ok(&["snapshot", "list", "guest"]);
+    let lines: Vec<&str> = list.lines().collect();
+    assert!(
+        lines[0].starts_with("NAME  CREATED                  STATE    DISKS     PARENT  ON DISK"),
+        "{list}"
+    );
+    assert!(lines[1].starts_with("one   20") && lines[1].contains("stopped  sys,data  -"), "{list}");
+    assert!(lines[2].starts_with("two   20") && lines[2].contains("stopped  data      one"), "{list}");
+    let all = json(&vm, &["snapshot", "list", "guest", "--json"]);
+    assert_eq!((&all[0]["name"], &all[1]["parent"]), (&"one".into(), &"one".into()));
+    let shown = said(&vm, &vm.ok(&["snapshot", "show", "guest", "one"]));
+    assert!(shown.contains("description: some words\n"), "{shown}");
+    assert!(shown.contains("disk sys: DIR/sys.img (raw), "), "{shown}");
+    assert!(shown.contains("disk data: written to DIR/data.one.qcow2 since, "), "{shown}");
+    let one = json(&vm, &["snapshot", "show", "guest", "one", "--json"]);
+    assert_eq!(
+        (&one["disks"][0]["is-current"], &one["disks"][1]["is-current"]),
+        (&true.into(), &false.into())
+    );
+    refused(
+        &vm,
+        5,
+        &["snapshot", "show", "guest", "three"],
+        "VM guest has no snapshot three: it has one, two",
+    );
+    vm.nothing_left();
+}
+
+#[test]
+fn wishes_that_are_refused() {
+    let vm = vm();
+    let target = file(&vm);
+    let stopped = |words: &[&str], error: &str| {
+        refused(&vm, 3, &[&["snapshot", "create", &target], words].concat(), error);
+    };
+    stopped(
+        &["--quiesce"],
+        "--quiesce needs a guest that runs, and VM guest does not: leave it out, its disks are as quiet as they can be",
+    );
+    stopped(
+        &["--disk", "cd"],
+        "cd: snapshot = of a CD-ROM drive is refused: it is only read, so there is nothing to keep: leave it out",
+    );
+    vm.ok(&["snapshot", "create", &target, "one"]);
+    start_paused(&vm);
+    let before = (overlays(&vm), vm.status()["devices"].clone(), vm.leases());
+    let running = |words: &[&str], code: i32, error: &str| {
+        refused(&vm, code, &[&["snapshot", "create", "guest"], words].concat(), error);
+    };
+    running(
+        &["one"],
+        3,
+        "snapshot one of VM guest exists already: take another name, or delete it with `qvirt snapshot delete guest one`",
+    );
+    running(&["--disk", "other"], 3, "there is no device other: this VM has scsi0, sys, data, ro, cd");
+    running(
+        &["--disk", "ro"],
+        3,
+        "ro: snapshot = of a read-only disk is refused: it is only read, so there is nothing to keep: leave it out",
+    );
+    running(
+        &["--disk", "scsi0"],
+        3,
+        "scsi0: snapshot = of a scsi_controller is refused: only disks have snapshots: name one by its id or target label",
+    );
+    running(&["--disk", "sys", "--disk", "vda"], 3, "disk sys is named twice: name each disk once");
+    running(
+        &["--disk", "sys", "--exclude", "vda"],
+        3,
+        "disk sys is named and excluded: leave one of the two out",
+    );
+    running(
+        &["--exclude", "sys", "--exclude", "data"],
+        3,
+        "VM guest has no disk that is written, so there is nothing to take a snapshot of",
+    );
+    running(
+        &["--disk", "sys=ro.img"],
+        3,
+        "overlay DIR/ro.img exists already: take another name, or give the disk another file with --disk ID=FILE",
+    );
+    running(
+        &["--disk", "sys=x.qcow2", "--disk", "data=x.qcow2"],
+        3,
+        "overlays of two disks would be DIR/x.qcow2: give one of them another file with --disk ID=FILE",
+    );
+    running(
+        &["--disk", "sys=gone/x.qcow2"],
+        3,
+        "DIR/gone: No such file or directory (os error 2); check it, and the rights on it",
+    );
+    running(
+        &["--quiesce"],
+        3,
+        "the VM is starting, so its guest cannot be asked to be quiet: leave --quiesce out, or let it run first",
+    );
+    let bad = vm.expect(2, &["snapshot", "create", "guest", "a/b"]);
+    assert!(bad.stderr.contains("\"a/b\" is no name of a snapshot"), "{bad}");
+    assert_eq!((overlays(&vm), vm.status()["devices"].clone(), vm.leases()), before);
+    vm.ok(&["resume", "guest"]);
+    vm.wait_for("the running VM", || vm.status()["state"] == "running");
+    running(
+        &["two", "--quiesce"],
+        3,
+        "the VM has no channel to a guest agent: write [[channel]] guest_agent = true into its config, or leave --quiesce out",
+    );
+    vm.end();
+}
+
+#[test]
+fn disks_that_can_have_none() {
+    let vm = bare(
+        "[[disk]]\nid = \"sys\"\npath = \"sys.img\"\non_error = { read = \"retry\", write = \"retry\", engine = \"proxy\" }\n",
+    );
+    vm.raw("sys.img", 4, "sys");
+    start_paused(&vm);
+    refused(
+        &vm,
+        3,
+        &["snapshot", "create", "guest"],
+        "sys: snapshot = while its image is behind an io-proxy is refused: a proxy serves one image, and the overlay would be outside of it: stop the VM \
+         first, use on_error.engine = \"hold\", or leave it out with --exclude",
+    );
+    vm.end();
+    // A VM that does not run has no proxy; then its proxy serves the overlay.
+    vm.ok(&["snapshot", "create", &file(&vm), "one"]);
+    start_paused(&vm);
+    assert!(vm.proxies()[0].1.contains("sys.one.qcow2"), "{:?}", vm.proxies());
+    vm.end();
+}
+
+/// A sparse image whose worst case no file system here has room for.
+#[test]
+fn room_for_what_the_guest_could_write() {
+    let vm = bare("[[disk]]\nid = \"big\"\npath = \"big.qcow2\"\nformat = \"qcow2\"\n");
+    vm.qcow2("big.qcow2", Ok(64 << 20));
+    let target = file(&vm);
+    for running in [false, true] {
+        if running {
+            start_paused(&vm);
+        }
+        let vm_word = if running { "guest" } else { &target };
+        let refused = vm.expect(3, &["snapshot", "create", vm_word, "one"]);
+        let text = said(&vm, &refused.stderr);
+        assert!(
+            text.starts_with("qvirt: no room: DIR/big.one.qcow2 may grow to ")
+                && text.contains(" on the file system of DIR, which has ")
+                && text.ends_with(" left: free some, or take the risk with --sparse\n"),
+            "{text}"
+        );
+        assert!(!vm.path("big.one.qcow2").exists());
+        let name = format!("{running}");
+        vm.ok(&["snapshot", "create", vm_word, &name, "--sparse"]);
+    }
+    vm.end();
+}
+
+/// Whoever would write an image that has overlays starts from the top, or is refused.
+#[test]
+fn images_below_an_overlay_are_not_written() {
+    let vm = vm();
+    vm.ok(&["snapshot", "create", &file(&vm), "one"]);
+    vm.ok(&["snapshot", "create", &file(&vm), "two"]);
+    let below = "it is the state of snapshot two of VM guest, and overlay DIR/sys.two.qcow2 stands on it: writing it would destroy both; name \
+                 DIR/sys.img, from whose current top a VM starts, or open it with read_only = true";
+    let original = std::fs::read_to_string(vm.config()).expect("the VM file");
+
+    // By another VM, in a config and by a plug; by a link; and for reading.
+    edit(&vm, "\"guest\"", "\"other\"");
+    edit(&vm, "\"sys.img\"", "\"sys.one.qcow2\"\nformat = \"qcow2\"");
+    refused(
+        &vm,
+        2,
+        &["check", &file(&vm)],
+        &format!("config DIR/guest.toml, line 7: image DIR/sys.one.qcow2: {below}"),
+    );
+    edit(
+        &vm,
+        "format = \"qcow2\"\n[[disk]]\nid = \"data\"",
+        "format = \"qcow2\"\nread_only = true\n[[disk]]\nid = \"data\"",
+    );
+    vm.ok(&["check", &file(&vm)]);
+    std::fs::hard_link(vm.path("sys.img"), vm.path("link.img")).expect("a link");
+    std::fs::write(vm.config(), original.replace("\"guest\"", "\"other\"").replace("sys.img", "link.img"))
+        .expect("written");
+    let check = vm.qvirt(&["check", &file(&vm)]);
+    assert!(
+        said(&vm, &check.stderr)
+            .contains("sys: starts from DIR/sys.two.qcow2, the top of the chain on DIR/link.img"),
+        "{check}"
+    );
+    std::fs::write(vm.config(), &original).expect("written");
+    start_paused(&vm);
+    refused(
+        &vm,
+        3,
+        &["attach", "guest", "--disk", "path=sys.one.qcow2,format=qcow2"],
+        &format!("image DIR/sys.one.qcow2: {below}"),
+    );
+    vm.end();
+
+    // A base that is another file now, and a chain that leads elsewhere.
+    std::fs::remove_file(vm.path("link.img")).expect("removed");
+    std::fs::rename(vm.path("sys.img"), vm.path("kept.img")).expect("renamed");
+    vm.raw("sys.img", 4, "another");
+    refused(
+        &vm,
+        2,
+        &["check", &file(&vm)],
+        "config DIR/guest.toml, line 7: image DIR/sys.img: it is not the file that overlay DIR/sys.two.qcow2 was made on, which has been replaced: put the \
+         former one back, or, if the snapshots are of no use any more, `qvirt chain check` says what to do",
+    );
+    std::fs::rename(vm.path("kept.img"), vm.path("sys.img")).expect("renamed");
+    std::fs::remove_file(vm.path("sys.one.qcow2")).expect("removed");
+    refused(
+        &vm,
+        2,
+        &["check", &file(&vm)],
+        "config DIR/guest.toml, line 7: image DIR/sys.two.qcow2: its chain of backing files cannot be used: image DIR/sys.one.qcow2 cannot be opened: No \
+         such file or directory (os error 2); check its path, and the rights on it of whoever runs qvirt",
+    );
+    vm.nothing_left();
+}
