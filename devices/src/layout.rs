@@ -5,6 +5,7 @@
 
 mod check;
 mod medium;
+mod merge;
 mod overlay;
 mod shared;
 
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 pub use check::check_spec;
 use check::{check, hot_pluggable, needs, seat};
 pub use medium::NewMedium;
+pub use merge::Lesser;
 pub use overlay::{is_on_top, take_snapshot, writable_disks};
 
 use crate::address::Address;

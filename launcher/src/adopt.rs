@@ -141,6 +141,7 @@ pub async fn adopt(folders: &Folders, vm: &VmName) -> Result<(Born, bool), Adopt
             shop,
             layout,
             stages,
+            merging: memory.merging,
             faults: memory.faults,
             owner_lock,
             life: None,

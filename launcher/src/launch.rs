@@ -247,6 +247,7 @@ impl Launching<'_> {
             shop,
             layout,
             stages,
+            merging: None,
             faults: BTreeMap::new(),
             owner_lock,
             life: self.life.take(),

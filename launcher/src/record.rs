@@ -16,6 +16,7 @@ use crate::folders::{VmName, WriteError, write_volatile};
 use crate::notify::Notify;
 use crate::process::Identity;
 use crate::status::IoFault;
+use crate::work::merge::Merging;
 use crate::work::snapshot::Overlaying;
 
 /// Format of the record and of the journal's entries. A newer one is refused, older ones are read.
@@ -146,6 +147,13 @@ pub enum Entry {
         /// Whether they have them.
         kept: bool,
     },
+    /// A layer of a disk is about to be merged into the one below.
+    Merging(Box<Merging>),
+    /// It is, or will not be.
+    Merged {
+        /// Whether it is.
+        done: bool,
+    },
     /// A disk has failed: the last error, so that a later owner knows of it.
     Fault {
         /// The device.
@@ -175,6 +183,8 @@ pub struct Memory {
     pub media: BTreeMap<DeviceId, Placed>,
     /// Disks that will have overlays, of which it is not known whether they do.
     pub overlaying: Option<Overlaying>,
+    /// A merge of which it is not known whether it is done.
+    pub merging: Option<Merging>,
     /// I/O errors of devices.
     pub faults: BTreeMap<DeviceId, IoFault>,
 }
@@ -212,6 +222,14 @@ impl Memory {
                         known.into_iter().for_each(|(device, _)| *device = new.clone());
                     }
                 }
+                Entry::Merging(merging) => memory.merging = Some(*merging),
+                Entry::Merged { done } => {
+                    let merging = memory.merging.take().filter(|_| done);
+                    for placed in merging.into_iter().map(|merging| merging.lesser.placed) {
+                        let known = memory.devices.iter_mut().find(|(device, _)| device.id == placed.id);
+                        known.into_iter().for_each(|(device, _)| *device = placed.clone());
+                    }
+                }
                 Entry::Fault { id, fault } => drop(memory.faults.insert(id, *fault)),
                 Entry::Gone { id } => {
                     memory.faults.remove(&id);
@@ -242,6 +260,7 @@ impl Memory {
             .chain(stages)
             .chain(self.media.values().map(|drive| Entry::Medium(Box::new(drive.clone()))))
             .chain(self.overlaying.iter().map(|overlaying| Entry::Overlay(Box::new(overlaying.clone()))))
+            .chain(self.merging.iter().map(|merging| Entry::Merging(Box::new(merging.clone()))))
             .chain(faults)
             .collect()
     }

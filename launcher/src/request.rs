@@ -92,6 +92,17 @@ pub struct SnapshotCreate {
     pub description: Option<String>,
 }
 
+/// Arguments of `qvirt-snapshot-delete`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct SnapshotDelete {
+    /// The snapshot.
+    pub name: SnapshotName,
+    /// And all that came from it.
+    #[serde(default)]
+    pub children: bool,
+}
+
 /// Arguments of `qvirt-detach`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -191,6 +202,8 @@ pub enum Request {
     Media(Media),
     /// `qvirt-snapshot-create`
     SnapshotCreate(SnapshotCreate),
+    /// `qvirt-snapshot-delete`
+    SnapshotDelete(SnapshotDelete),
     /// `qvirt-detach`
     Detach(Detach),
     /// `qvirt-shutdown`
@@ -224,6 +237,7 @@ pub const COMMANDS: &[&str] = &[
     "qvirt-attach",
     "qvirt-media",
     "qvirt-snapshot-create",
+    "qvirt-snapshot-delete",
     "qvirt-detach",
     "qvirt-shutdown",
     "qvirt-reboot",
@@ -323,6 +337,7 @@ impl Request {
             "qvirt-devices" => Ok(Request::Devices),
             "qvirt-media" => arguments_of(name, arguments).map(Request::Media),
             "qvirt-snapshot-create" => arguments_of(name, arguments).map(Request::SnapshotCreate),
+            "qvirt-snapshot-delete" => arguments_of(name, arguments).map(Request::SnapshotDelete),
             "qvirt-detach" => arguments_of(name, arguments).map(Request::Detach),
             "qvirt-shutdown" => arguments_of(name, arguments).map(Request::Shutdown),
             "qvirt-reboot" => arguments_of(name, arguments).map(Request::Reboot),

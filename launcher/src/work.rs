@@ -6,6 +6,7 @@
 //! other device.
 
 mod media;
+pub mod merge;
 pub mod snapshot;
 
 use std::collections::BTreeMap;
@@ -56,6 +57,21 @@ pub enum StepError {
         "the transaction succeeded, and the disks do not stand on their overlays: this is a bug of qvirt or QEMU"
     )]
     NotOnTop,
+    /// A job of QEMU's ended with an error.
+    #[error("QEMU's job failed: {words}")]
+    Job {
+        /// QEMU's words.
+        words: String,
+    },
+    /// QEMU's job ended well, and nothing is different.
+    #[error("the merge ended, and the chain is as it was: this is a bug of qvirt or QEMU")]
+    NotMerged,
+    /// A chain of images.
+    #[error(transparent)]
+    Tidy(#[from] crate::snapshot::tidy::TidyError),
+    /// What a disk is.
+    #[error(transparent)]
+    Refusal(#[from] devices::Refusal),
     /// What is known of snapshots.
     #[error(transparent)]
     Store(#[from] crate::snapshot::StoreError),

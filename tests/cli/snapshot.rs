@@ -1,8 +1,10 @@
 //! `qvirt snapshot` and `qvirt blocks` where no guest is needed: what is refused, VMs that do not run, what is printed, and what nobody may open any more.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
-use tests::qemu::images;
-use tests::vm::{Vm, finished};
+use tests::chain;
+use tests::vm::Vm;
 
 use crate::scene::{bare, edit, file, refused, said, start_paused};
 
@@ -29,22 +31,6 @@ fn overlays(vm: &Vm) -> Vec<String> {
         names.filter(|name| name.ends_with(".qcow2") && name != "data.qcow2").collect();
     names.sort();
     names
-}
-
-/// Every image of a chain is whole.
-fn is_sound(vm: &Vm) {
-    for name in overlays(vm) {
-        let mut command = std::process::Command::new(images().qemu_img(vm.version()));
-        command.args(["check", "-q", "-U"]).arg(vm.path(&name));
-        let output = finished(
-            command
-                .stdout(std::process::Stdio::piped())
-                .stderr(std::process::Stdio::piped())
-                .spawn()
-                .expect("qemu-img"),
-        );
-        assert_eq!(output.code, 0, "{name}: {output}");
-    }
 }
 
 #[test]
@@ -97,9 +83,9 @@ fn running_and_stopped() {
     let blocks = json(&vm, &["blocks", "guest", "--json"]);
     assert_eq!(blocks[0]["source"], vm.path("sub/x.qcow2").display().to_string());
     assert_eq!(blocks[0]["backing"].as_array().map(Vec::len), Some(3));
-    is_sound(&vm);
+    chain::are_sound(&vm);
     vm.end();
-    is_sound(&vm);
+    chain::are_sound(&vm);
 }
 
 #[test]
@@ -333,5 +319,107 @@ fn images_below_an_overlay_are_not_written() {
         "config DIR/guest.toml, line 7: image DIR/sys.two.qcow2: its chain of backing files cannot be used: image DIR/sys.one.qcow2 cannot be opened: No \
          such file or directory (os error 2); check its path, and the rights on it of whoever runs qvirt",
     );
+    vm.nothing_left();
+}
+
+/// Five snapshots with something written after each; gives what the disks are at the end, and each time before.
+fn five(vm: &Vm) -> (BTreeMap<String, Vec<u8>>, BTreeMap<String, Vec<u8>>) {
+    let target = file(vm);
+    for number in 1..=5_u8 {
+        for (image, format) in
+            chain::tops(vm, &target).values().filter(|(image, _)| !image.contains("ro.img"))
+        {
+            if !image.is_empty() {
+                chain::write(vm, image, format, number, &format!("{}k 96k", u32::from(number) * 64));
+            }
+        }
+        vm.ok(&["snapshot", "create", &target, &format!("s{number}")]);
+    }
+    for (image, format) in chain::tops(vm, &target).values().filter(|(image, _)| image.contains(".s5.")) {
+        chain::write(vm, image, format, 9, "0 4k");
+    }
+    (now(vm), chain::states(vm))
+}
+
+/// What the disks that are written are.
+fn now(vm: &Vm) -> BTreeMap<String, Vec<u8>> {
+    let tops = chain::tops(vm, &file(vm));
+    let written = tops.into_iter().filter(|(id, _)| id == "sys" || id == "data");
+    written.map(|(id, (image, format))| (id, chain::view(vm, &image, &format))).collect()
+}
+
+#[test]
+fn deleted_the_middle_the_oldest_the_newest_and_all() {
+    let vm = vm();
+    let target = file(&vm);
+    let (disks, mut states) = five(&vm);
+    for (name, images) in [("s3", 8), ("s1", 6), ("s5", 4)] {
+        let said = vm.ok(&["snapshot", "delete", &target, name]);
+        assert_eq!(said, format!("snapshot {name} of guest is deleted\n"));
+        states.retain(|state, _| !state.starts_with(name));
+        assert!(now(&vm) == disks && chain::states(&vm) == states, "nothing but the snapshot {name} is gone");
+        assert_eq!(overlays(&vm).len(), images, "{:?}", overlays(&vm));
+        chain::are_sound(&vm);
+    }
+    assert_eq!(vm.ok(&["snapshot", "list", "guest", "--tree"]), "s2\n  s4\n");
+    assert_eq!(
+        vm.ok(&["snapshot", "delete", &target, "s2", "--children"]),
+        "snapshot s2 of guest is deleted\nsnapshot s4 of guest is deleted\n"
+    );
+    assert!(now(&vm) == disks, "the disks are as they were");
+    assert_eq!(overlays(&vm), [""; 0]);
+    let blocks = said(&vm, &vm.ok(&["blocks", &target]));
+    assert!(blocks.contains("raw     4MiB  -    -         DIR/sys.img\n"), "{blocks}");
+    refused(&vm, 5, &["snapshot", "delete", &target, "s2"], "VM guest has no snapshot s2: it has none");
+    vm.nothing_left();
+}
+
+#[test]
+fn reverted_and_what_was_left_behind() {
+    let vm = vm();
+    let target = file(&vm);
+    let (disks, states) = five(&vm);
+    let of = |name: &str| {
+        let disks = states
+            .iter()
+            .filter_map(|(state, bytes)| Some((state.strip_prefix(&format!("{name} "))?, bytes)));
+        disks.map(|(id, bytes)| (id.to_owned(), bytes.clone())).collect::<BTreeMap<_, _>>()
+    };
+    start_paused(&vm);
+    refused(
+        &vm,
+        3,
+        &["snapshot", "revert", &target, "s2"],
+        "VM guest runs, and its disks cannot be put back under it: shut it down first, or let --running end it and start it again",
+    );
+    let made = said(&vm, &vm.ok(&["snapshot", "revert", &target, "s2", "--running"]));
+    assert!(
+        made.contains("guest is back at snapshot s2\nsys writes to DIR/sys.s2-2.qcow2 from now on\n")
+            && made.ends_with("guest is running\n"),
+        "{made}"
+    );
+    vm.end();
+    assert!(now(&vm) == of("s2") && chain::states(&vm) == states, "back, and every snapshot is as it was");
+    assert_eq!(overlays(&vm).len(), 12, "what was left is kept");
+
+    // Forth again, to the newest, and back with what is written there given up.
+    vm.ok(&["snapshot", "revert", &target, "s5"]);
+    assert!(now(&vm) == of("s5"));
+    vm.ok(&["snapshot", "create", &target, "s6"]);
+    assert_eq!(
+        vm.ok(&["snapshot", "list", "guest", "--tree"]),
+        "s1\n  s2\n    s3\n      s4\n        s5\n          s6\n"
+    );
+    vm.ok(&["snapshot", "revert", &target, "s1", "--discard"]);
+    assert!(now(&vm) == of("s1"));
+    // Twelve, and two for s5-2 and s1-2 each; those of s6 were given up.
+    assert_eq!(overlays(&vm).len(), 16, "{:?}", overlays(&vm));
+    chain::are_sound(&vm);
+    vm.ok(&["snapshot", "delete", &target, "s2", "--children"]);
+    assert!(now(&vm) == of("s1") && now(&vm) != disks);
+    assert_eq!(overlays(&vm), ["data.s1-2.qcow2", "sys.s1-2.qcow2"], "the branch that is written");
+    vm.ok(&["snapshot", "delete", &target, "s1"]);
+    assert!(now(&vm) == of("s1"));
+    assert_eq!(overlays(&vm), [""; 0]);
     vm.nothing_left();
 }

@@ -31,7 +31,7 @@ const COMMANDS: [(&str, &[&str]); 28] = [
     ("detach", &["--live", "--config", "--wait", "--json"]),
     ("host", &["pci", "iommu", "usb"]),
     ("blocks", &["<VM>", "--json"]),
-    ("snapshot", &["create", "list", "show"]),
+    ("snapshot", &["create", "revert", "delete", "list", "show"]),
     ("io", &["status", "retry", "fail", "set"]),
     ("drill", &["--fail-for", "--reads", "--writes", "--flushes"]),
     ("console", &["[DEVICE]", "--force"]),

@@ -2,12 +2,13 @@
 //! nothing beside it.
 
 use std::collections::BTreeSet;
-use std::process::{Command, Stdio};
 
+use launcher::record::{Entry, Memory};
 use launcher::snapshot::Store;
 use launcher::work::snapshot::STEPS;
-use tests::qemu::{QemuVersion, images};
-use tests::vm::finished;
+use tests::chain;
+use tests::qemu::QemuVersion;
+use tests::vm::Vm;
 
 use crate::stage::Stage;
 use crate::sweep::failed_step;
@@ -57,16 +58,7 @@ fn is_whole(stage: &Stage, what: &str) -> usize {
         .collect();
     assert_eq!(overlays(stage), known, "{what}: overlays that there are, and those that are known");
     assert_eq!(known.len(), 2 * book.snapshots.len(), "{what}: both disks or none");
-    for name in &known {
-        let mut check = Command::new(images().qemu_img(stage.vm.version()));
-        check
-            .args(["check", "-q", "-U"])
-            .arg(stage.vm.path(name))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let output = finished(check.spawn().expect("qemu-img starts"));
-        assert_eq!(output.code, 0, "{what}: {name}: {output}");
-    }
+    chain::are_sound(&stage.vm);
     book.snapshots.len()
 }
 
@@ -144,6 +136,84 @@ fn each_step(version: QemuVersion, wish: Wish) {
     stage.end();
 }
 
+/// The merge that the journal knows of.
+fn merging(vm: &Vm) -> Option<launcher::work::merge::Merging> {
+    let journal = vm.root().join("run/guest/journal");
+    let entries = launcher::journal::read_only::<Entry>(&journal).expect("the journal is readable");
+    Memory::of(entries.map(|(_, entries)| entries).unwrap_or_default()).merging
+}
+
+/// Two snapshots of both disks, the first of which is deleted while the VM runs: a layer goes into the base.
+fn each_step_of_a_merge(version: QemuVersion, wish: Wish) {
+    let stage = prepared(version);
+    assert_eq!(stage.start(&[]).code, 0);
+    let vm = &stage.vm;
+    let mut ends = 0;
+    for number in 1..MANY {
+        stage.adopt(&[]);
+        vm.ok(&["snapshot", "create", "guest", "a"]);
+        vm.ok(&["snapshot", "create", "guest", "b"]);
+        let states = chain::states(vm);
+        stage.adopt(&[(wish.variable(), &format!("merge:{number}"))]);
+        let qemu = vm.qemu_pid();
+        let output = vm.qvirt(&["snapshot", "delete", "guest", "a"]);
+        let what = format!("step {number}: {output}");
+        match wish {
+            _ if output.code == 0 => {}
+            Wish::Fails => assert_eq!(output.code, 1, "{what}"),
+            Wish::OwnerDies | Wish::BothDie => {
+                stage.vm.wait_for("the owner's end", || vm.ok(&["list"]).contains("without an owner"));
+                if wish == Wish::BothDie {
+                    vm.kill_process(qemu);
+                    vm.ok(&["recover", "guest"]);
+                    vm.nothing_left();
+                }
+                assert_eq!((output.code, stage.start(&[]).code), (4, 0), "{what}");
+                // What the former owner began, this one finishes beside whatever else happens.
+                vm.wait_for("the end of the merge", || merging(vm).is_none());
+            }
+        }
+        chain::are_sound(vm);
+        let now = chain::states(vm);
+        assert!(now.iter().all(|(name, bytes)| states.get(name) == Some(bytes)), "{what}: {:?}", now.keys());
+        assert!(now.len() == 2 || (now.len() == 4 && number == 1), "{what}: {:?}", now.keys());
+        // A former owner's merge may still be finished by the next one.
+        vm.kill_owner();
+        assert_eq!(stage.start(&[]).code, 0, "{what}");
+        vm.ok(&["kill", "guest"]);
+        vm.nothing_left();
+        let file = vm.config().display().to_string();
+        for name in ["a", "b"] {
+            // The first name is gone but with the first step; either finishes what is left.
+            vm.qvirt(&["snapshot", "delete", &file, name]);
+        }
+        assert!(overlays(&stage).is_empty(), "{what}: {:?}", overlays(&stage));
+        assert_eq!(stage.start(&[]).code, 0, "{what}");
+        if output.code == 0 {
+            break;
+        }
+        ends += 1;
+    }
+    // forget; record, lease, commit and book for each disk.
+    assert_eq!(ends, 9, "steps");
+    stage.end();
+}
+
+#[test]
+fn merge_fails_on_qemu_7_2() {
+    each_step_of_a_merge(QemuVersion::V7_2, Wish::Fails);
+}
+
+#[test]
+fn merge_loses_its_owner_on_qemu_10_0() {
+    each_step_of_a_merge(QemuVersion::V10_0, Wish::OwnerDies);
+}
+
+#[test]
+fn merge_loses_both_on_qemu_7_2() {
+    each_step_of_a_merge(QemuVersion::V7_2, Wish::BothDie);
+}
+
 /// The same of a VM that does not run: whoever takes the snapshot is who dies.
 fn each_step_stopped(version: QemuVersion, wish: Wish) {
     let stage = prepared(version);
@@ -176,6 +246,84 @@ fn each_step_stopped(version: QemuVersion, wish: Wish) {
     assert_eq!(stage.start(&[]).code, 0);
     runs_on_them(&stage, "started");
     stage.end();
+}
+
+/// A deletion in the middle of a chain, and a revert, of a VM that does not run: at whatever step they end, each disk and each snapshot is what it was, and
+/// doing it again finishes.
+fn each_step_of_a_chain(wish: Wish) {
+    let stage = prepared(QemuVersion::V7_2);
+    let (vm, file) = (&stage.vm, stage.vm.config().display().to_string());
+    let disks = |vm: &Vm| -> Vec<Vec<u8>> {
+        chain::tops(vm, &file).values().map(|(image, format)| chain::view(vm, image, format)).collect()
+    };
+    let run = |work: &str, number: u32, words: &[&str]| {
+        let output = vm.qvirt_with(&[(wish.variable(), &format!("{work}:{number}"))], words);
+        if output.code != 0 && wish != Wish::Fails {
+            assert_eq!(output.code, 128 + 9, "{work} step {number}: {output}");
+            vm.ok(&["recover", "guest"]);
+        }
+        vm.nothing_left();
+        chain::are_sound(vm);
+        output
+    };
+    let change = |byte: u8| {
+        for (image, format) in chain::tops(vm, &file).values() {
+            chain::write(vm, image, format, byte, &format!("{}k 96k", u32::from(byte) * 64));
+        }
+    };
+    let mut ends = 0;
+    for number in 1..MANY {
+        for (byte, name) in [(1, "a"), (2, "b")] {
+            vm.ok(&["snapshot", "create", &file, name]);
+            change(byte);
+        }
+        let (before, mut states) = (disks(vm), chain::states(vm));
+        let output = run("tidy", number, &["snapshot", "delete", &file, "a"]);
+        if number > 1 {
+            states.retain(|state, _| !state.starts_with('a'));
+        }
+        assert!(disks(vm) == before && chain::states(vm) == states, "step {number}: {output}");
+        // Whatever is deleted next finishes it.
+        vm.ok(&["snapshot", "delete", &file, "b"]);
+        if number == 1 {
+            vm.ok(&["snapshot", "delete", &file, "a"]);
+        }
+        assert!(overlays(&stage).is_empty() && disks(vm) == before, "step {number}: {:?}", overlays(&stage));
+        if output.code == 0 {
+            break;
+        }
+        ends += 1;
+    }
+    // forget; commit, rebase and book for each disk.
+    assert_eq!(ends, 7, "steps");
+
+    let before = disks(vm);
+    vm.ok(&["snapshot", "create", &file, "s4"]);
+    for (image, format) in chain::tops(vm, &file).values() {
+        chain::write(vm, image, format, 4, "0 1M");
+    }
+    let after = disks(vm);
+    for number in 1..MANY {
+        let output = run("revert", number, &["snapshot", "revert", &file, "s4"]);
+        let is_back = disks(vm) == before;
+        assert!(is_back || disks(vm) == after, "step {number}: both disks or none: {output}");
+        if output.code == 0 {
+            assert!(is_back && number == 5, "intent, two overlays, book: {number}");
+            break;
+        }
+        assert!(!is_back, "step {number}: {output}");
+    }
+    assert!(overlays(&stage).len() == 4, "{:?}", overlays(&stage));
+}
+
+#[test]
+fn chain_of_a_stopped_vm_fails() {
+    each_step_of_a_chain(Wish::Fails);
+}
+
+#[test]
+fn chain_of_a_stopped_vm_dies() {
+    each_step_of_a_chain(Wish::OwnerDies);
 }
 
 #[test]

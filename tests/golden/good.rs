@@ -161,6 +161,18 @@ fn snapshot(case: &Case, blueprint: &Blueprint) -> (Vec<Value>, String) {
     show(&mut text, take_snapshot(disks.iter().map(|(old, new)| (*old, new))));
     text.push_str("# undone before that instant\n");
     disks.iter().flat_map(|(_, new)| new.overlay_nodes_undone()).for_each(|call| show(&mut text, call));
+    for (old, new) in &disks {
+        let frozen = old.layers().into_iter().next().expect("it has an image").path;
+        match new.without_layer(&frozen).expect("it can be merged") {
+            Some(lesser) => {
+                text.push_str(&format!("# {frozen} merged into the one below it\n"));
+                [lesser.begin(), lesser.dismiss()].into_iter().for_each(|call| show(&mut text, call));
+                lesser.clear().for_each(|call| show(&mut text, call));
+                text.push_str(&format!("# then {}", headline(&lesser.placed).trim_start_matches("# ")));
+            }
+            None => text.push_str(&format!("# {frozen} has nothing below it\n")),
+        }
+    }
     (calls, text)
 }
 

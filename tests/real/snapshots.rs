@@ -1,57 +1,16 @@
 //! Snapshots of a guest that writes all the time: what was kept is what there was, at one instant on all disks, and the guest never notices.
 
-use std::path::Path;
-use std::process::{Command, Stdio};
-
-use serde_json::Value;
+use tests::chain::{are_sound, frozen, states, view};
 use tests::on_both;
-use tests::qemu::{QemuVersion, images};
+use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
 use tests::storm::Storm;
-use tests::vm::{AGENT_CHANNEL, Vm, finished};
+use tests::vm::{AGENT_CHANNEL, Vm};
 
 on_both! {
     instant => two_disks_at_one_instant,
+    deleted => deleted_under_the_guest,
     goes_on => the_guest_goes_on_and_the_next_start_knows,
-}
-
-/// Runs `qemu-img`, which must succeed.
-pub fn qemu_img(vm: &Vm, arguments: &[&str]) -> String {
-    let mut command = Command::new(images().qemu_img(vm.version()));
-    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let output = finished(command.spawn().expect("qemu-img starts"));
-    assert_eq!(output.code, 0, "qemu-img {}: {output}", arguments.join(" "));
-    output.stdout
-}
-
-/// What a guest would see of an image, with all that is below it.
-pub fn view(vm: &Vm, image: &str, format: &str) -> Vec<u8> {
-    let raw = vm.path("view.raw").display().to_string();
-    qemu_img(vm, &["convert", "-U", "-f", format, "-O", "raw", image, &raw]);
-    let bytes = std::fs::read(&raw).expect("it was just written");
-    std::fs::remove_file(raw).expect("it is ours");
-    bytes
-}
-
-/// The disks of a snapshot: id, the image that was frozen, its format.
-pub fn frozen(vm: &Vm, name: &str) -> Vec<(String, String, String)> {
-    let text = vm.ok(&["snapshot", "show", "guest", name, "--json"]);
-    let shown: Value = serde_json::from_str(&text).expect("it is JSON");
-    let word = |disk: &Value, key: &str| disk[key].as_str().unwrap_or_default().to_owned();
-    let disks = shown["disks"].as_array().into_iter().flatten();
-    disks.map(|disk| (word(disk, "id"), word(disk, "image"), word(disk, "format"))).collect()
-}
-
-/// Every image of a VM's folder is whole, and every header names the path of an image.
-pub fn images_are_sound(vm: &Vm) {
-    for file in std::fs::read_dir(vm.path("")).expect("the folder").flatten() {
-        let path = file.path().display().to_string();
-        if path.ends_with(".qcow2") {
-            qemu_img(vm, &["check", "-q", "-U", &path]);
-            let backing = launcher::image::backing_of(Path::new(&path)).expect("a header");
-            assert!(backing.is_none_or(|(below, _)| Path::new(&below).is_file()), "{path}");
-        }
-    }
 }
 
 /// The number at the beginning of a disk.
@@ -97,7 +56,42 @@ fn two_disks_at_one_instant(version: QemuVersion) {
     assert!(last > 5, "the guest wrote meanwhile: {seen:?}");
     scene.guest.check("touch /tmp/enough").expect("the guest answers");
     scene.guest.finish(running, tests::guest::SCRIPT).expect("the writer ends");
-    images_are_sound(&scene.vm);
+    are_sound(&scene.vm);
+    scene.end();
+}
+
+/// Five snapshots of a disk that is written and verified all the time; the middle one and the oldest are deleted meanwhile, the newest cannot be. What is
+/// left is what it was.
+fn deleted_under_the_guest(version: QemuVersion) {
+    let mut scene = Scene::boot(version, QUIET, AGENT_CHANNEL);
+    let storm = Storm::begin(&mut scene, "data", "on_error.engine=hold");
+    for number in 1..=5 {
+        scene.vm.ok(&["snapshot", "create", "guest", &format!("s{number}")]);
+        storm.is_unharmed(&mut scene, "after a snapshot");
+    }
+    let mut kept = states(&scene.vm);
+    for (name, layers) in [("s3", 5), ("s1", 4)] {
+        scene.vm.ok(&["snapshot", "delete", "guest", name]);
+        storm.is_unharmed(&mut scene, "after a deletion");
+        kept.retain(|state, _| !state.starts_with(name));
+        assert!(states(&scene.vm) == kept, "{name}: what is left is what it was");
+        let nodes = scene.vm.qmp("query-named-block-nodes", &serde_json::json!({"flat": true}));
+        assert_eq!(nodes.as_array().map(Vec::len), Some(2 * layers), "{nodes:#}");
+        are_sound(&scene.vm);
+    }
+    let refused = scene.vm.expect(3, &["snapshot", "delete", "guest", "s5"]);
+    assert!(
+        refused.stderr.contains("it would be merged while the guest writes it: stop the VM first"),
+        "{refused}"
+    );
+    assert!(states(&scene.vm) == kept, "nothing was forgotten");
+    println!("{}", scene.vm.ok(&["blocks", "guest"]));
+    storm.is_unharmed(&mut scene, "after a refusal");
+    let stopped = scene.guest.pattern_stop(&storm.name).expect("the pattern ends");
+    assert_eq!((stopped.error_count, stopped.mismatch_count), (0, 0), "{stopped:#?}");
+    let verdict = scene.guest.pattern_verify(&storm.name).expect("a verdict");
+    assert!(verdict.is_consistent(), "{verdict:#?}");
+    scene.vm.ok(&["detach", "guest", "data", "--wait", "30s"]);
     scene.end();
 }
 
@@ -150,6 +144,6 @@ fn the_guest_goes_on_and_the_next_start_knows(version: QemuVersion) {
         view(&scene.vm, &base, "raw") == one && view(&scene.vm, &overlay, "qcow2") == two,
         "what was kept"
     );
-    images_are_sound(&scene.vm);
+    are_sound(&scene.vm);
     scene.end();
 }

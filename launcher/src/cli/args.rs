@@ -226,6 +226,34 @@ pub enum Snapshot {
     /// External, of disks only. An overlay lies beside the image that the config names: web.NAME.qcow2 for web.img. The config stays: whatever is run
     /// next starts from the overlays.
     Create(SnapshotCreate),
+    /// Put the disks back to what they were at a snapshot; disks that took no part stay as they are
+    ///
+    /// What was written since is kept beside it until the snapshot is deleted.
+    Revert {
+        /// The VM, or a VM file
+        vm: String,
+        /// The snapshot
+        name: SnapshotName,
+        /// End the VM if it runs, without asking its guest, and start it again
+        #[arg(long)]
+        running: bool,
+        /// Give up what was written since the newest snapshot
+        #[arg(long)]
+        discard: bool,
+        /// Do not ask for room for all that the guest could write
+        #[arg(long)]
+        sparse: bool,
+    },
+    /// Forget a snapshot; the disks stay as they are, and images that are of no use any more are merged
+    Delete {
+        /// The VM, or a VM file
+        vm: String,
+        /// The snapshot
+        name: SnapshotName,
+        /// And all that came from it
+        #[arg(long)]
+        children: bool,
+    },
     /// List the snapshots of a VM, the oldest first
     List {
         /// The VM

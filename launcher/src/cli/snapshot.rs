@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use devices::units::Size;
 use serde_json::{Value, json};
 
-use super::args::{Snapshot as Words, SnapshotCreate};
+use super::args::{Snapshot as Words, SnapshotCreate, Start};
 use super::client::connect;
 use super::{Exit, Problem, print, target};
 use crate::adopt::Life;
@@ -16,10 +17,17 @@ use crate::snapshot::files::allocated_bytes;
 use crate::snapshot::stopped::{StoppedError, StoppedVm};
 use crate::snapshot::{Book, Snapshot, SnapshotName, Store};
 
+/// How long images may take to be merged: whole disks, at the speed of their storage. It goes on when nobody waits for it.
+const MERGE: Duration = Duration::from_secs(24 * 3600);
+
 /// `qvirt snapshot`
 pub async fn snapshot(words: Words) -> Result<Exit, Problem> {
     match words {
         Words::Create(create) => self::create(create).await,
+        Words::Revert { vm, name, running, discard, sparse } => {
+            revert(&vm, &name, running, (discard, sparse)).await
+        }
+        Words::Delete { vm, name, children } => delete(&vm, &name, children).await,
         Words::List { vm, tree, json } => list(&vm, tree, json),
         Words::Show { vm, name, json } => show(&vm, &name, json),
     }
@@ -83,6 +91,59 @@ async fn create(args: SnapshotCreate) -> Result<Exit, Problem> {
     for (id, overlay) in disks {
         println!("{id} writes to {overlay} from now on");
     }
+    Ok(Exit::Done)
+}
+
+async fn revert(
+    target: &str,
+    name: &SnapshotName,
+    running: bool,
+    (discard, sparse): (bool, bool),
+) -> Result<Exit, Problem> {
+    let folders = Folders::find()?;
+    let vm = target::vm(&folders, target)?;
+    let config = target::config(&folders, target)?;
+    let book = Store::new(&folders.state).read()?;
+    let Some(snapshot) = book.snapshot(&vm, name) else { return Err(no_snapshot(&book, &vm, name)) };
+    if is_live(&folders, &vm)? {
+        if !running {
+            let message = format!(
+                "VM {vm} runs, and its disks cannot be put back under it: shut it down first, or let --running end it and start it again"
+            );
+            return Err(Problem::new(Exit::Refused, message));
+        }
+        super::live::kill(&vm).await?;
+    }
+    let held = StoppedVm::hold(&folders, config).await?;
+    let overlays = held.revert(snapshot, discard, sparse)?;
+    drop(held);
+    println!("{vm} is back at snapshot {name}");
+    for (disk, overlay) in snapshot.disks.iter().zip(overlays) {
+        println!("{} writes to {overlay} from now on", disk.id);
+    }
+    if running {
+        return super::run::start(Start { target: target.to_owned(), paused: false }).await;
+    }
+    Ok(Exit::Done)
+}
+
+async fn delete(target: &str, name: &SnapshotName, children: bool) -> Result<Exit, Problem> {
+    let folders = Folders::find()?;
+    let vm = target::vm(&folders, target)?;
+    let book = Store::new(&folders.state).read()?;
+    if book.snapshot(&vm, name).is_none() {
+        return Err(no_snapshot(&book, &vm, name));
+    }
+    let names = if children { book.with_children(&vm, name) } else { vec![name.clone()] };
+    if is_live(&folders, &vm)? {
+        let wish = request::SnapshotDelete { name: name.clone(), children };
+        let client = connect(&folders, &vm).await?;
+        let _: Value = client.ask_for(MERGE, "qvirt-snapshot-delete", &wish).await?;
+    } else {
+        let held = StoppedVm::hold(&folders, target::config(&folders, target)?).await?;
+        held.delete(&names)?;
+    }
+    names.iter().for_each(|name| println!("snapshot {name} of {vm} is deleted"));
     Ok(Exit::Done)
 }
 

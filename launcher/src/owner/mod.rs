@@ -14,6 +14,7 @@
 //! [`Workshop`] and so the journal; requests wait in a queue meanwhile, and the loop stays free. `plug` has attach and detach, `truth` what
 //! QEMU is asked, `end` the ways a VM stops.
 
+mod delete;
 mod end;
 mod io;
 mod media;
@@ -42,6 +43,7 @@ use crate::record::{Entry, Launch, Stage};
 use crate::request::{Class, Failure, Request};
 use crate::status::{DeviceStatus, Foreign, IoFault, LOW_WATER, Status, VmState};
 use crate::work::Workshop;
+use crate::work::merge::Merging;
 
 pub use end::Ending;
 use end::Farewell;
@@ -65,6 +67,8 @@ pub struct Born {
     pub layout: Layout,
     /// Where each device is in its life.
     pub stages: BTreeMap<DeviceId, Stage>,
+    /// A merge that a former owner began.
+    pub merging: Option<Merging>,
     /// I/O errors that a former owner saw.
     pub faults: BTreeMap<DeviceId, IoFault>,
     /// Held as long as this process owns the VM.
@@ -220,6 +224,7 @@ impl Owner {
         owner
             .queue
             .extend(owner.departures.iter().filter(|(_, d)| !d.clearing).map(|(id, _)| Job::Ask(id.clone())));
+        owner.queue.extend(born.merging.map(|merging| Job::Merge(Box::new(merging))));
         // An attach that was interrupted may have left a controller that nobody uses.
         owner.dismiss_unused();
         owner.publish();
@@ -291,6 +296,7 @@ impl Owner {
             Request::Attach(_) | Request::Detach(_) => Some("nothing is attached or detached"),
             Request::Media(_) => Some("no medium is changed"),
             Request::SnapshotCreate(_) => Some("no snapshot is taken"),
+            Request::SnapshotDelete(_) => Some("no snapshot is deleted"),
             _ => None,
         };
         if let Some(refusal) = drains.and_then(|what| self.io.hang_refusal(what)) {
@@ -309,6 +315,7 @@ impl Owner {
             }
             Request::Media(media) => self.media(media, reply),
             Request::SnapshotCreate(wish) => self.snapshot(wish, reply),
+            Request::SnapshotDelete(wish) => self.delete_snapshot(wish, reply),
             Request::Detach(detach) => self.detach(&detach, reply),
             Request::Shutdown(shutdown) => self.shut_down(&shutdown, reply),
             Request::Reboot(shutdown) => self.reboot(&shutdown, reply),

@@ -14,14 +14,18 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
+use super::delete::Deleted;
 use super::media::Changed;
 use super::snapshot::Taken;
 use super::{Finished, Owner, Reply, not_now};
 use crate::examine::{Question, examine};
 use crate::launch::images;
 use crate::record::{Entry, Stage};
-use crate::request::{Attach, Attached, Class, Detach, Detached, Failure, Media, SnapshotCreate};
+use crate::request::{
+    Attach, Attached, Class, Detach, Detached, Failure, Media, SnapshotCreate, SnapshotDelete,
+};
 use crate::status::VmState;
+use crate::work::merge::Merging;
 use crate::work::{Asked, StepError, WorkError, Workshop, dry_run};
 use crate::{quirks, users};
 
@@ -36,6 +40,10 @@ pub(super) enum Job {
     Media(Media, Reply),
     /// Take a snapshot.
     Snapshot(SnapshotCreate, Reply),
+    /// Forget snapshots.
+    Delete(SnapshotDelete, Reply),
+    /// Go on with a merge that a former owner began.
+    Merge(Box<Merging>),
     /// Ask a device to leave.
     Ask(DeviceId),
     /// Clear up behind a device that is gone.
@@ -51,6 +59,8 @@ pub(super) enum Outcome {
     Media(Box<Changed>),
     /// A snapshot was taken, or not.
     Snapshot(Box<Taken>),
+    /// Snapshots were forgotten, or not.
+    Deleted(Box<Deleted>),
     /// A device was asked to leave.
     Asked(DeviceId, Result<Asked, StepError>),
     /// A device's remains are gone, or not yet.
@@ -104,6 +114,8 @@ impl Owner {
                 Job::Attach(attach, facts, reply) => self.attach(*attach, &facts, reply),
                 Job::Media(media, reply) => self.begin_media(media, reply),
                 Job::Snapshot(wish, reply) => self.begin_snapshot(wish, reply),
+                Job::Delete(wish, reply) => self.begin_delete(wish, reply),
+                Job::Merge(merging) => self.resume_merge(*merging),
                 Job::Ask(id) => self.work(id, |mut shop, placed| async move {
                     let asked = shop.detach(&placed).await;
                     (shop, Outcome::Asked(placed.id, asked))
@@ -243,6 +255,7 @@ impl Owner {
             Outcome::Attached(parts, Err(error), reply) => self.not_arrived(&parts, &error, reply),
             Outcome::Media(changed) => self.on_changed(*changed),
             Outcome::Snapshot(taken) => self.on_taken(*taken),
+            Outcome::Deleted(deleted) => self.on_deleted(*deleted),
             Outcome::Asked(id, asked) => self.on_asked(&id, asked),
             Outcome::Cleared(id, Ok(())) => self.gone(&id),
             Outcome::Cleared(id, Err(error)) => {

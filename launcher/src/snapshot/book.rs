@@ -126,6 +126,9 @@ pub struct Overlay {
     pub vm: VmName,
     /// The snapshot that the image below is.
     pub snapshot: SnapshotName,
+    /// Whether it goes as soon as nothing stands on it: it was a snapshot that is deleted, or was given up by a revert.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unwanted: bool,
 }
 
 /// A snapshot of a VM.
@@ -283,12 +286,32 @@ impl Book {
                     backing: disk.image.clone(),
                     vm: snapshot.vm.clone(),
                     snapshot: snapshot.name.clone(),
+                    unwanted: false,
                 });
             }
             self.making.retain(|making| making.path != disk.overlay);
         }
         self.snapshots.push(snapshot.clone());
         Ok(())
+    }
+
+    /// Disks are as they were at a snapshot: these overlays, on its images, are the tops of their chains. What was the top stays, unless it is given up.
+    pub fn revert(&mut self, snapshot: &Snapshot, overlays: &[String], discard: bool) {
+        for (disk, path) in snapshot.disks.iter().zip(overlays) {
+            for chain in self.chains.iter_mut().filter(|chain| chain.base == disk.base) {
+                let former = chain.overlays.iter_mut().find(|overlay| overlay.path == chain.top);
+                former.into_iter().for_each(|former| former.unwanted |= discard);
+                chain.top.clone_from(path);
+                chain.overlays.push(Overlay {
+                    path: path.clone(),
+                    backing: disk.image.clone(),
+                    vm: snapshot.vm.clone(),
+                    snapshot: snapshot.name.clone(),
+                    unwanted: false,
+                });
+            }
+            self.making.retain(|making| making.path != *path);
+        }
     }
 
     /// A snapshot was not taken after all.

@@ -143,6 +143,14 @@ fn beside(base: &Path, name: &SnapshotName) -> PathBuf {
     base.with_file_name(format!("{stem}.{name}.qcow2"))
 }
 
+/// Another overlay for the same snapshot: `/srv/web.one-2.qcow2`, or the first number that is free.
+pub fn beside_again(base: &Path, name: &SnapshotName) -> String {
+    let stem = base.file_stem().unwrap_or_default().to_string_lossy();
+    let numbered = |number| base.with_file_name(format!("{stem}.{name}-{number}.qcow2"));
+    let free = (2_u32..).map(numbered).find(|path| path.symlink_metadata().is_err());
+    free.expect("numbers do not run out").to_string_lossy().into_owned()
+}
+
 /// The path by way of its folder's real one: what it leads to must not change with a link.
 fn below_its_folder(path: &Path) -> Result<PathBuf, ChooseError> {
     let wrong =

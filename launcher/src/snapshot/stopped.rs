@@ -7,10 +7,11 @@ use devices::{DeviceId, Refusal};
 use thiserror::Error;
 use tracing::warn;
 
-use super::book::Snapshot;
+use super::book::{Snapshot, SnapshotDisk, SnapshotName};
 use super::choose::{self, ChooseError};
 use super::files::{self, NewOverlay, OverlayError, check_room, qemu_img};
 use super::store::StoreError;
+use super::tidy::{self, TidyError};
 use crate::adopt::{AdoptError, Life, life, recover};
 use crate::blueprint::{Blueprint, BlueprintError};
 use crate::config::VmConfig;
@@ -51,6 +52,8 @@ pub enum StoppedError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Overlay(#[from] OverlayError),
+    #[error(transparent)]
+    Tidy(#[from] TidyError),
     #[error(
         "--quiesce needs a guest that runs, and VM {vm} does not: leave it out, its disks are as quiet as they can be"
     )]
@@ -123,16 +126,9 @@ impl StoppedVm {
         let snapshot = choose::snapshot(layout, wish, (vm, "stopped"), &store.read()?)?;
         let mut overlays = Vec::new();
         for disk in &snapshot.disks {
-            let top = Layer { path: disk.image.clone(), format: disk.format, block_device: false };
-            overlays.push(NewOverlay {
-                path: disk.overlay.clone().into(),
-                backing: disk.image.clone(),
-                format: disk.format,
-                size_bytes: image::virtual_size(&top)?,
-            });
+            overlays.push(new_overlay(disk)?);
             // Another VM may write it.
-            let leased = self.host.lease(&disk.id, &disk.image, Access::Write);
-            leased.map_err(|source| StoppedError::Need { id: disk.id.clone(), source })?;
+            self.lease(&disk.id, &disk.image)?;
         }
         if !wish.sparse {
             check_room(&overlays)?;
@@ -147,20 +143,122 @@ impl StoppedVm {
         done.map(|()| snapshot)
     }
 
-    fn overlay(&self, snapshot: &Snapshot, overlays: &[NewOverlay]) -> Result<(), StoppedError> {
-        let mut steps = Steps::of("snapshot");
+    /// Puts the disks of a snapshot back to what they were then. What was written since stays, as an overlay that nothing starts from, unless it
+    /// is given up. Gives the overlays that the disks start from.
+    ///
+    /// # Errors
+    /// The disks are as they were.
+    pub fn revert(
+        &self,
+        snapshot: &Snapshot,
+        discard: bool,
+        sparse: bool,
+    ) -> Result<Vec<String>, StoppedError> {
+        let (store, vm) = (self.host.store(), &self.host.vm);
+        let book = store.read()?;
+        let mut back = snapshot.clone();
+        let mut overlays = Vec::new();
+        for disk in &mut back.disks {
+            let top = book.chains.iter().find(|chain| chain.base == disk.base).map(|chain| &chain.top);
+            self.lease(&disk.id, top.unwrap_or(&disk.image))?;
+            disk.overlay = choose::beside_again(Path::new(&disk.base), &snapshot.name);
+            overlays.push(new_overlay(disk)?);
+        }
+        if !sparse {
+            check_room(&overlays)?;
+        }
+        let paths: Vec<String> = back.disks.iter().map(|disk| disk.overlay.clone()).collect();
+        let mut steps = Steps::of("revert");
+        let reverted = self.make(&back, &overlays, &mut steps).and_then(|()| {
+            steps.enter("book")?;
+            Ok(store.change::<_, StoreError>(|book| {
+                book.revert(snapshot, &paths, discard);
+                Ok(())
+            })?)
+        });
+        if let Err(error) = reverted {
+            store.sweep(vm)?;
+            return Err(error);
+        }
+        self.tidy(snapshot.disks.iter().map(|disk| disk.base.clone()).collect(), &mut steps)?;
+        Ok(paths)
+    }
+
+    /// Deletes snapshots; the disks stay as they are.
+    ///
+    /// # Errors
+    /// The names may be gone already; what could not be merged yet is merged by the next one.
+    pub fn delete(&self, names: &[SnapshotName]) -> Result<(), StoppedError> {
+        let (store, vm) = (self.host.store(), &self.host.vm);
+        let book = store.read()?;
+        let snapshots = names.iter().filter_map(|name| book.snapshot(vm, name));
+        let mut bases: Vec<String> = Vec::new();
+        for disk in snapshots.flat_map(|snapshot| &snapshot.disks) {
+            let Some(chain) = book.chains.iter().find(|chain| chain.base == disk.base) else { continue };
+            self.lease(&disk.id, &chain.top)?;
+            if !bases.contains(&chain.base) {
+                bases.push(chain.base.clone());
+            }
+        }
+        let mut steps = Steps::of("tidy");
+        steps.enter("forget")?;
+        store.change::<_, StoreError>(|book| {
+            book.forget(vm, names);
+            Ok(())
+        })?;
+        self.tidy(bases, &mut steps)
+    }
+
+    /// Also what an interrupted one left to do.
+    fn tidy(&self, mut bases: Vec<String>, steps: &mut Steps) -> Result<(), StoppedError> {
         let store = self.host.store();
+        let book = store.read()?;
+        let mine =
+            |path: &str| crate::launch::images(self.blueprint.layout.devices()).any(|image| image == path);
+        bases.extend(book.chains.iter().filter(|chain| mine(&chain.top)).map(|chain| chain.base.clone()));
+        bases.sort();
+        bases.dedup();
+        Ok(tidy::tidy(&store, &bases, &self.host.vm, &qemu_img(&self.blueprint.binary), steps)?)
+    }
+
+    fn lease(&self, id: &DeviceId, image: &str) -> Result<(), StoppedError> {
+        let leased = self.host.lease(id, image, Access::Write);
+        leased.map_err(|source| StoppedError::Need { id: id.clone(), source })
+    }
+
+    fn make(
+        &self,
+        snapshot: &Snapshot,
+        overlays: &[NewOverlay],
+        steps: &mut Steps,
+    ) -> Result<(), StoppedError> {
         steps.enter("intent")?;
-        store.intend(snapshot)?;
-        let qemu_img = qemu_img(Path::new(&self.blueprint.binary));
+        self.host.store().intend(snapshot)?;
+        let qemu_img = qemu_img(&self.blueprint.binary);
         for overlay in overlays {
             steps.enter("overlay")?;
             files::make(overlay, &qemu_img)?;
         }
-        steps.enter("book")?;
-        store.add(snapshot)?;
         Ok(())
     }
+
+    fn overlay(&self, snapshot: &Snapshot, overlays: &[NewOverlay]) -> Result<(), StoppedError> {
+        let mut steps = Steps::of("snapshot");
+        self.make(snapshot, overlays, &mut steps)?;
+        steps.enter("book")?;
+        Ok(self.host.store().add(snapshot)?)
+    }
+}
+
+/// The overlay of a disk, of the size that its image has.
+fn new_overlay(disk: &SnapshotDisk) -> Result<NewOverlay, ImageError> {
+    let image = Layer { path: disk.image.clone(), format: disk.format, block_device: false };
+    Ok(NewOverlay {
+        path: disk.overlay.clone().into(),
+        backing: disk.image.clone(),
+        format: disk.format,
+        size_bytes: image::virtual_size(&image)?,
+    })
 }
 
 impl Drop for StoppedVm {

@@ -163,7 +163,7 @@ impl Workshop {
 }
 
 /// Does what waits for storage in a thread of its own, and does not wait for it for ever.
-async fn worker<T: Send + 'static, E: Into<StepError> + Send + 'static>(
+pub(crate) async fn worker<T: Send + 'static, E: Into<StepError> + Send + 'static>(
     work: impl FnOnce() -> Result<T, E> + Send + 'static,
 ) -> Result<T, StepError> {
     match tokio::time::timeout(PATIENCE, tokio::task::spawn_blocking(work)).await {
