@@ -7,6 +7,7 @@ mod check;
 mod medium;
 mod merge;
 mod overlay;
+mod resize;
 mod shared;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -3,7 +3,7 @@
 use devices::DeviceConfig;
 use devices::host::Format;
 use devices::retry::AtTimeout;
-use devices::units::Millis;
+use devices::units::{Millis, Size};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use thiserror::Error;
@@ -101,6 +101,19 @@ pub struct SnapshotDelete {
     /// And all that came from it.
     #[serde(default)]
     pub children: bool,
+    /// How much is merged in a second at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<Size>,
+}
+
+/// Arguments of `qvirt-block-resize`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct BlockResize {
+    /// Id or target label.
+    pub id: String,
+    /// The size that the guest is to see.
+    pub size: Size,
 }
 
 /// Arguments of `qvirt-detach`.
@@ -204,6 +217,8 @@ pub enum Request {
     SnapshotCreate(SnapshotCreate),
     /// `qvirt-snapshot-delete`
     SnapshotDelete(SnapshotDelete),
+    /// `qvirt-block-resize`
+    BlockResize(BlockResize),
     /// `qvirt-detach`
     Detach(Detach),
     /// `qvirt-shutdown`
@@ -238,6 +253,7 @@ pub const COMMANDS: &[&str] = &[
     "qvirt-media",
     "qvirt-snapshot-create",
     "qvirt-snapshot-delete",
+    "qvirt-block-resize",
     "qvirt-detach",
     "qvirt-shutdown",
     "qvirt-reboot",
@@ -338,6 +354,7 @@ impl Request {
             "qvirt-media" => arguments_of(name, arguments).map(Request::Media),
             "qvirt-snapshot-create" => arguments_of(name, arguments).map(Request::SnapshotCreate),
             "qvirt-snapshot-delete" => arguments_of(name, arguments).map(Request::SnapshotDelete),
+            "qvirt-block-resize" => arguments_of(name, arguments).map(Request::BlockResize),
             "qvirt-detach" => arguments_of(name, arguments).map(Request::Detach),
             "qvirt-shutdown" => arguments_of(name, arguments).map(Request::Shutdown),
             "qvirt-reboot" => arguments_of(name, arguments).map(Request::Reboot),

@@ -423,3 +423,57 @@ fn reverted_and_what_was_left_behind() {
     assert_eq!(overlays(&vm), [""; 0]);
     vm.nothing_left();
 }
+
+/// A merge that takes its time: seen, held up, left by its client and its owner, and finished by the next one; another one is ended.
+#[test]
+fn a_merge_is_a_job() {
+    let vm = vm();
+    let target = file(&vm);
+    vm.ok(&["snapshot", "create", &target, "one"]);
+    let fill = || {
+        let (image, format) = chain::tops(&vm, &target)["data"].clone();
+        chain::write(&vm, &image, &format, 7, "0 6M");
+    };
+    fill();
+    vm.ok(&["snapshot", "create", &target, "two"]);
+    let states = chain::states(&vm);
+    start_paused(&vm);
+    let begin = |name: &str| {
+        let words = ["snapshot", "delete", "guest", name, "--speed", "512KiB"];
+        vm.command(&words).spawn().expect("qvirt starts")
+    };
+    let shows = |words: &str| vm.ok(&["jobs", "guest"]).contains(words);
+    let client = begin("one");
+    vm.wait_for("the job", || shows("data-merge  commit  running"));
+    refused(&vm, 5, &["job", "pause", "guest", "other"], "VM guest has no job other: it has data-merge");
+    vm.ok(&["job", "pause", "guest", "data-merge"]);
+    vm.wait_for("the pause", || shows("data-merge  commit  paused"));
+    vm.kill_owner();
+    assert_eq!(tests::vm::finished(client).code, 4, "the outcome is open");
+    vm.start();
+    assert!(shows("data-merge  commit  paused"));
+    vm.ok(&["job", "resume", "guest", "data-merge"]);
+    vm.wait_for("the end of the job", || !shows("data-merge"));
+    vm.wait_for("the file's end", || !overlays(&vm).contains(&"data.one.qcow2".to_owned()));
+    chain::are_sound(&vm);
+    assert_eq!(vm.ok(&["snapshot", "list", "guest", "--tree"]), "two\n");
+    let left = chain::states(&vm);
+    assert!(left.iter().all(|(name, bytes)| states.get(name) == Some(bytes)) && left.len() == 2);
+    vm.end();
+
+    // One that a person ends leaves the disk as it is, and the rest to the next deletion.
+    fill();
+    vm.ok(&["snapshot", "create", &target, "three"]);
+    let disks = now(&vm);
+    start_paused(&vm);
+    let client = begin("two");
+    vm.wait_for("the job", || shows("data-merge  commit  running"));
+    vm.ok(&["job", "cancel", "guest", "data-merge"]);
+    let ended = tests::vm::finished(client);
+    assert!(ended.code == 1 && ended.stderr.contains("each disk is as it was"), "{ended}");
+    vm.end();
+    assert!(now(&vm) == disks);
+    vm.ok(&["snapshot", "delete", &target, "three"]);
+    assert!(now(&vm) == disks);
+    assert_eq!(overlays(&vm), [""; 0]);
+}

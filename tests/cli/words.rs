@@ -3,7 +3,7 @@
 use crate::scene::{bare, refused};
 
 /// Every command, with the words that its help must have.
-const COMMANDS: [(&str, &[&str]); 28] = [
+const COMMANDS: [(&str, &[&str]); 32] = [
     ("check", &["--incoming", "--against <STATUS.json>", "--argv", "--json", "<TARGET>"]),
     (
         "run",
@@ -31,6 +31,10 @@ const COMMANDS: [(&str, &[&str]); 28] = [
     ("detach", &["--live", "--config", "--wait", "--json"]),
     ("host", &["pci", "iommu", "usb"]),
     ("blocks", &["<VM>", "--json"]),
+    ("chain", &["check"]),
+    ("block", &["resize"]),
+    ("jobs", &["<VM>", "--json"]),
+    ("job", &["cancel", "pause", "resume", "<JOB>"]),
     ("snapshot", &["create", "revert", "delete", "list", "show"]),
     ("io", &["status", "retry", "fail", "set"]),
     ("drill", &["--fail-for", "--reads", "--writes", "--flushes"]),

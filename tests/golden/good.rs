@@ -166,7 +166,9 @@ fn snapshot(case: &Case, blueprint: &Blueprint) -> (Vec<Value>, String) {
         match new.without_layer(&frozen).expect("it can be merged") {
             Some(lesser) => {
                 text.push_str(&format!("# {frozen} merged into the one below it\n"));
-                [lesser.begin(), lesser.dismiss()].into_iter().for_each(|call| show(&mut text, call));
+                [lesser.begin(Some(1 << 20)), lesser.dismiss()]
+                    .into_iter()
+                    .for_each(|call| show(&mut text, call));
                 lesser.clear().for_each(|call| show(&mut text, call));
                 text.push_str(&format!("# then {}", headline(&lesser.placed).trim_start_matches("# ")));
             }

@@ -1,6 +1,6 @@
 //! Snapshots of a guest that writes all the time: what was kept is what there was, at one instant on all disks, and the guest never notices.
 
-use tests::chain::{are_sound, frozen, states, view};
+use tests::chain::{are_sound, frozen, states, tops, view};
 use tests::on_both;
 use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
@@ -10,6 +10,8 @@ use tests::vm::{AGENT_CHANNEL, Vm};
 on_both! {
     instant => two_disks_at_one_instant,
     deleted => deleted_under_the_guest,
+    quiet => a_guest_that_is_frozen_is_thawed,
+    larger => disks_that_get_more_room,
     goes_on => the_guest_goes_on_and_the_next_start_knows,
 }
 
@@ -92,6 +94,108 @@ fn deleted_under_the_guest(version: QemuVersion) {
     let verdict = scene.guest.pattern_verify(&storm.name).expect("a verdict");
     assert!(verdict.is_consistent(), "{verdict:#?}");
     scene.vm.ok(&["detach", "guest", "data", "--wait", "30s"]);
+    scene.end();
+}
+
+/// What answers in the guest in the place of qemu-ga: it writes down what it was asked. No file system is frozen by it.
+const FAKE_AGENT: &str = r#"for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = org.qemu.guest_agent.0 ] && port=/dev/${p##*/}; done
+exec 3<>$port; echo up
+while :; do read -r line <&3 || { usleep 50000; continue; }; case $line in
+*guest-sync*) id=${line##*\"id\":}; echo "{\"return\":${id%%\}*}}" >&3 ;;
+*fsfreeze-freeze*) echo -n F >>/tmp/asked; echo '{"return":1}' >&3 ;;
+*fsfreeze-thaw*) echo -n T >>/tmp/asked; echo '{"return":1}' >&3 ;;
+esac; done"#;
+
+/// By a guest agent that is not the real one: whatever comes after a freeze, a thaw comes.
+fn a_guest_that_is_frozen_is_thawed(version: QemuVersion) {
+    let disk = "[[disk]]\nid = \"data\"\npath = \"data.img\"\n[[channel]]\nid = \"ga\"\nguest_agent = true\n";
+    let vm = Vm::new(version, QUIET, 8, &format!("{AGENT_CHANNEL}{disk}"));
+    vm.raw("data.img", 4, "x");
+    let mut scene = Scene::of(vm);
+    let silent = scene.vm.expect(1, &["snapshot", "create", "guest", "none", "--quiesce"]);
+    assert!(
+        silent.stderr.contains("snapshot none was not taken, and nothing of it is left: the guest agent does not answer guest-sync"),
+        "{silent}"
+    );
+    let mut agent = scene.guest.begin(FAKE_AGENT).expect("a script");
+    scene.guest.wait_output(&mut agent, "up", tests::guest::SCRIPT).expect("it listens");
+    let asked = |scene: &mut Scene, expected: &str| {
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        loop {
+            let now = scene.guest.check("cat /tmp/asked; rm -f /tmp/asked; true").expect("an answer");
+            if now.contains(expected) || std::time::Instant::now() > until {
+                assert!(
+                    now.contains(expected) && now.matches('T').count() >= now.matches('F').count(),
+                    "{now:?}, not {expected}"
+                );
+                return;
+            }
+        }
+    };
+    scene.vm.ok(&["snapshot", "create", "guest", "one", "--quiesce"]);
+    asked(&mut scene, "FT");
+    assert!(scene.vm.ok(&["snapshot", "list", "guest"]).contains("running, quiesced"));
+
+    // The ninth step is the transaction, the tenth the thaw.
+    let file = scene.vm.config().display().to_string();
+    for (wish, step, code) in
+        [("QVIRT_FAIL_STEP", 9, 1), ("QVIRT_FAIL_STEP", 10, 1), ("QVIRT_DIE_STEP", 9, 4)]
+    {
+        scene.vm.kill_owner();
+        let adopted = scene.vm.qvirt_with(&[(wish, &format!("snapshot:{step}"))], &["start", &file]);
+        assert_eq!(adopted.code, 0, "{adopted}");
+        let name = format!("{}{step}", &wish[6..7]);
+        let output = scene.vm.qvirt(&["snapshot", "create", "guest", &name, "--quiesce"]);
+        assert_eq!(output.code, code, "{wish} {step}: {output}");
+        if wish == "QVIRT_DIE_STEP" {
+            scene.vm.wait_for("the owner's end", || scene.vm.ok(&["list"]).contains("without an owner"));
+            scene.vm.start();
+        }
+        asked(&mut scene, "FT");
+        let is_taken = scene.vm.ok(&["snapshot", "list", "guest", "--tree"]).contains(&name);
+        assert_eq!(is_taken, step == 10, "{wish} {step}: {output}");
+    }
+    scene.guest.kill(&agent).expect("it ends");
+    are_sound(&scene.vm);
+    scene.end();
+}
+
+/// A disk on each bus gets more room, one of them under a snapshot; the guest sees it, and what it writes there is kept.
+fn disks_that_get_more_room(version: QemuVersion) {
+    let mut scene = Scene::boot(version, QUIET, AGENT_CHANNEL);
+    let (a, b) = (scene.vm.raw("a.img", 4, "x"), scene.vm.qcow2("b.qcow2", Ok(4)));
+    scene.attach(["--disk", &format!("path={a},id=a,serial=a")], "disk", "serial=a");
+    scene.attach(
+        ["--disk", &format!("path={b},format=qcow2,id=b,serial=b,bus=virtio-scsi")],
+        "disk",
+        "serial=b",
+    );
+    scene.vm.ok(&["snapshot", "create", "guest", "one", "--disk", "b"]);
+    for id in ["a", "b"] {
+        assert_eq!(
+            scene.vm.ok(&["block", "resize", "guest", id, "9MiB"]),
+            format!("{id} of guest has 9MiB\n")
+        );
+        let name = scene.disk(id);
+        let size = format!("/sys/block/{name}/size");
+        let sectors = format!(
+            "for i in $(seq 100); do [ $(cat {size}) = 18432 ] && break; usleep 100000; done; cat {size}"
+        );
+        assert_eq!(scene.guest.check(&sectors).expect("an answer").trim(), "18432", "{id}");
+        let end = format!("echo end | dd of=/dev/{name} bs=512 seek=18431 conv=notrunc,fsync 2>/dev/null");
+        scene.guest.check(&end).expect("it writes the last sector");
+        scene.vm.wait_for("the size in the status", || scene.vm.device(id)["size_bytes"] == 9 << 20);
+        let smaller = scene.vm.expect(3, &["block", "resize", "guest", id, "8MiB"]);
+        assert!(
+            smaller.stderr.contains("it has 9MiB, and what is cut off would be lost: make it larger"),
+            "{smaller}"
+        );
+    }
+    let top = tops(&scene.vm, "guest")["b"].clone();
+    assert!(view(&scene.vm, &a, "raw")[(9 << 20) - 512..].starts_with(b"end"));
+    assert!(view(&scene.vm, &top.0, &top.1)[(9 << 20) - 512..].starts_with(b"end"));
+    assert_eq!(view(&scene.vm, &b, "qcow2").len(), 4 << 20, "what was kept is as it was");
+    are_sound(&scene.vm);
     scene.end();
 }
 

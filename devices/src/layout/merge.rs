@@ -73,9 +73,9 @@ impl Placed {
 }
 
 impl Lesser {
-    /// The command that begins it. The header above is to name a real path, whatever QEMU opened.
-    pub fn begin(&self) -> Call {
-        let arguments = json!({
+    /// The command that begins it, not faster than that. The header above is to name a real path, whatever QEMU opened.
+    pub fn begin(&self, bytes_per_second: Option<u64>) -> Call {
+        let mut arguments = json!({
             "job-id": self.job,
             "device": self.device,
             "top-node": self.top,
@@ -83,6 +83,9 @@ impl Lesser {
             "backing-file": self.backing_file,
             "auto-dismiss": false,
         });
+        if let Some(speed) = bytes_per_second {
+            arguments["speed"] = speed.into();
+        }
         Call::new("block-commit", arguments)
     }
 

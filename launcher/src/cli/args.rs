@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 
 use devices::host::Format;
 use devices::retry::AtTimeout;
-use devices::units::Millis;
+use devices::units::{Millis, Size};
 
 use crate::folders::VmName;
 use crate::host::pci::Class;
@@ -129,6 +129,30 @@ pub enum Command {
     /// Snapshots of a VM's disks, of a running or a stopped VM
     #[command(subcommand)]
     Snapshot(Snapshot),
+    /// Disks of a running VM
+    #[command(subcommand)]
+    Block(Block),
+    /// Show the block jobs of a running VM and how far they are
+    Jobs {
+        /// The VM
+        vm: VmName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Stop, hold up or go on with a block job of a running VM
+    Job {
+        /// What to do
+        #[arg(value_enum)]
+        what: JobChange,
+        /// The VM
+        vm: VmName,
+        /// The job, as `jobs` shows it
+        job: String,
+    },
+    /// The chains of images that a VM's disks stand on
+    #[command(subcommand)]
+    Chain(Chain),
     /// Disks that retry: show them, try or fail them now, change how they retry
     #[command(subcommand)]
     Io(Io),
@@ -253,6 +277,9 @@ pub enum Snapshot {
         /// And all that came from it
         #[arg(long)]
         children: bool,
+        /// How much a running VM merges in a second at most: 20MiB
+        #[arg(long)]
+        speed: Option<Size>,
     },
     /// List the snapshots of a VM, the oldest first
     List {
@@ -271,6 +298,46 @@ pub enum Snapshot {
         vm: VmName,
         /// The snapshot
         name: SnapshotName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Block {
+    /// Give a disk more room; the guest sees it at once
+    Resize {
+        /// The VM
+        vm: VmName,
+        /// The disk's id or target label
+        disk: String,
+        /// The size that it is to have: 20GiB
+        size: Size,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum JobChange {
+    /// End it; its disk is as it was
+    Cancel,
+    /// Let it rest
+    Pause,
+    /// Let it go on
+    Resume,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Chain {
+    /// Compare what is known of a VM's snapshots with its images; exit code 1 if something is wrong
+    ///
+    /// Paths and headers of backing files, overlays that are gone, not finished, of no use any more, or not known, say because that file was lost.
+    Check {
+        /// The VM, or a VM file
+        vm: String,
+        /// Mend what can be mended, of a VM that does not run
+        #[arg(long)]
+        repair: bool,
         /// Print JSON
         #[arg(long)]
         json: bool,

@@ -6,10 +6,12 @@
 
 mod args;
 mod blocks;
+mod chain;
 mod client;
 mod events;
 mod host;
 mod io;
+mod jobs;
 mod live;
 mod media;
 mod plug;
@@ -219,6 +221,10 @@ async fn dispatch(arguments: args::Arguments) -> Result<Exit, Problem> {
         C::Detach(detach) => plug::detach(detach).await,
         C::Media(media) => media::media(media).await,
         C::Blocks { vm, json } => blocks::blocks(&vm, json).await,
+        C::Block(args::Block::Resize { vm, disk, size }) => jobs::resize(&vm, &disk, size).await,
+        C::Jobs { vm, json } => jobs::jobs(&vm, json).await,
+        C::Job { what, vm, job } => jobs::change(what, &vm, &job).await,
+        C::Chain(args::Chain::Check { vm, repair, json }) => chain::check(&vm, repair, json).await,
         C::Snapshot(command) => snapshot::snapshot(command).await,
         C::Io(command) => io::io(command).await,
         C::IoProbe { image } => io::probe(&image),

@@ -27,7 +27,7 @@ pub async fn snapshot(words: Words) -> Result<Exit, Problem> {
         Words::Revert { vm, name, running, discard, sparse } => {
             revert(&vm, &name, running, (discard, sparse)).await
         }
-        Words::Delete { vm, name, children } => delete(&vm, &name, children).await,
+        Words::Delete { vm, name, children, speed } => delete(&vm, &name, children, speed).await,
         Words::List { vm, tree, json } => list(&vm, tree, json),
         Words::Show { vm, name, json } => show(&vm, &name, json),
     }
@@ -127,7 +127,12 @@ async fn revert(
     Ok(Exit::Done)
 }
 
-async fn delete(target: &str, name: &SnapshotName, children: bool) -> Result<Exit, Problem> {
+async fn delete(
+    target: &str,
+    name: &SnapshotName,
+    children: bool,
+    speed: Option<Size>,
+) -> Result<Exit, Problem> {
     let folders = Folders::find()?;
     let vm = target::vm(&folders, target)?;
     let book = Store::new(&folders.state).read()?;
@@ -136,7 +141,7 @@ async fn delete(target: &str, name: &SnapshotName, children: bool) -> Result<Exi
     }
     let names = if children { book.with_children(&vm, name) } else { vec![name.clone()] };
     if is_live(&folders, &vm)? {
-        let wish = request::SnapshotDelete { name: name.clone(), children };
+        let wish = request::SnapshotDelete { name: name.clone(), children, speed };
         let client = connect(&folders, &vm).await?;
         let _: Value = client.ask_for(MERGE, "qvirt-snapshot-delete", &wish).await?;
     } else {

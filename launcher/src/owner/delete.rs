@@ -1,5 +1,6 @@
 //! Snapshots that are forgotten while the VM runs, as the owner sees it: one job that merges what is of no use any more, layer by layer.
 
+use devices::units::Size;
 use devices::{Layout, Placed};
 use serde_json::{Value, json};
 use tracing::{info, warn};
@@ -95,10 +96,10 @@ struct Disks {
 
 impl Disks {
     /// What a merge is for QEMU; `None` if no disk of the VM has the layer.
-    fn merging(&self, merge: &Merge) -> Result<Option<Merging>, devices::Refusal> {
+    fn merging(&self, merge: &Merge, speed: Option<u64>) -> Result<Option<Merging>, devices::Refusal> {
         for placed in self.layout.devices() {
             if let Some(lesser) = placed.without_layer(&merge.from)? {
-                return Ok(Some(Merging { id: placed.id.clone(), merge: merge.clone(), lesser }));
+                return Ok(Some(Merging { id: placed.id.clone(), merge: merge.clone(), lesser, speed }));
             }
         }
         Ok(None)
@@ -128,6 +129,7 @@ async fn delete(
     let bases = bases(&book, &vm, &names);
     rehearse(disks, book, &vm, &names, &bases).map_err(|refusal| Failure::of(Class::Refused, &refusal))?;
     let mut steps = Steps::of("merge");
+    let speed = wish.speed.map(Size::as_bytes);
     let mut go = async || -> Result<(), StepError> {
         steps.enter("forget")?;
         let (forgetful, forgotten, of) = (store.clone(), names.clone(), vm.clone());
@@ -140,7 +142,7 @@ async fn delete(
         .await?;
         for base in &bases {
             while let Some(task) = store.read()?.task(base) {
-                one(disks, task, shop, (&store, qemu_img), &mut steps).await?;
+                one(disks, task, shop, (&store, qemu_img, speed), &mut steps).await?;
             }
         }
         Ok(())
@@ -182,7 +184,7 @@ fn rehearse(
             match task {
                 Task::Drop(overlay) => book.dropped(&overlay),
                 Task::Merge(merge) => {
-                    if let Some(merging) = disks.merging(&merge)? {
+                    if let Some(merging) = disks.merging(&merge, None)? {
                         disks.became(merging.lesser.placed);
                     }
                     book.merged(&merge);
@@ -197,11 +199,11 @@ async fn one(
     disks: &mut Disks,
     task: Task,
     shop: &mut Workshop,
-    (store, qemu_img): (&Store, &std::path::Path),
+    (store, qemu_img, speed): (&Store, &std::path::Path, Option<u64>),
     steps: &mut Steps,
 ) -> Result<(), StepError> {
     if let Task::Merge(merge) = &task
-        && let Some(merging) = disks.merging(merge)?
+        && let Some(merging) = disks.merging(merge, speed)?
     {
         let (done, outcome) = shop.merge(&merging, steps).await;
         if done == Some(true) {

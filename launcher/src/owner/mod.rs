@@ -19,6 +19,7 @@ mod end;
 mod io;
 mod media;
 mod plug;
+mod resize;
 mod snapshot;
 mod truth;
 
@@ -297,6 +298,7 @@ impl Owner {
             Request::Media(_) => Some("no medium is changed"),
             Request::SnapshotCreate(_) => Some("no snapshot is taken"),
             Request::SnapshotDelete(_) => Some("no snapshot is deleted"),
+            Request::BlockResize(_) => Some("no disk gets another size"),
             _ => None,
         };
         if let Some(refusal) = drains.and_then(|what| self.io.hang_refusal(what)) {
@@ -316,6 +318,7 @@ impl Owner {
             Request::Media(media) => self.media(media, reply),
             Request::SnapshotCreate(wish) => self.snapshot(wish, reply),
             Request::SnapshotDelete(wish) => self.delete_snapshot(wish, reply),
+            Request::BlockResize(wish) => self.queue.push_back(Job::Resize(wish, reply)),
             Request::Detach(detach) => self.detach(&detach, reply),
             Request::Shutdown(shutdown) => self.shut_down(&shutdown, reply),
             Request::Reboot(shutdown) => self.reboot(&shutdown, reply),

@@ -22,7 +22,7 @@ use crate::examine::{Question, examine};
 use crate::launch::images;
 use crate::record::{Entry, Stage};
 use crate::request::{
-    Attach, Attached, Class, Detach, Detached, Failure, Media, SnapshotCreate, SnapshotDelete,
+    Attach, Attached, BlockResize, Class, Detach, Detached, Failure, Media, SnapshotCreate, SnapshotDelete,
 };
 use crate::status::VmState;
 use crate::work::merge::Merging;
@@ -42,6 +42,8 @@ pub(super) enum Job {
     Snapshot(SnapshotCreate, Reply),
     /// Forget snapshots.
     Delete(SnapshotDelete, Reply),
+    /// Give a disk another size.
+    Resize(BlockResize, Reply),
     /// Go on with a merge that a former owner began.
     Merge(Box<Merging>),
     /// Ask a device to leave.
@@ -61,6 +63,8 @@ pub(super) enum Outcome {
     Snapshot(Box<Taken>),
     /// Snapshots were forgotten, or not.
     Deleted(Box<Deleted>),
+    /// A disk has another size, or not.
+    Resized(Result<Value, Failure>, Reply),
     /// A device was asked to leave.
     Asked(DeviceId, Result<Asked, StepError>),
     /// A device's remains are gone, or not yet.
@@ -115,6 +119,7 @@ impl Owner {
                 Job::Media(media, reply) => self.begin_media(media, reply),
                 Job::Snapshot(wish, reply) => self.begin_snapshot(wish, reply),
                 Job::Delete(wish, reply) => self.begin_delete(wish, reply),
+                Job::Resize(wish, reply) => self.resize(wish, reply),
                 Job::Merge(merging) => self.resume_merge(*merging),
                 Job::Ask(id) => self.work(id, |mut shop, placed| async move {
                     let asked = shop.detach(&placed).await;
@@ -256,6 +261,10 @@ impl Owner {
             Outcome::Media(changed) => self.on_changed(*changed),
             Outcome::Snapshot(taken) => self.on_taken(*taken),
             Outcome::Deleted(deleted) => self.on_deleted(*deleted),
+            Outcome::Resized(outcome, reply) => {
+                self.look();
+                let _ = reply.send(outcome);
+            }
             Outcome::Asked(id, asked) => self.on_asked(&id, asked),
             Outcome::Cleared(id, Ok(())) => self.gone(&id),
             Outcome::Cleared(id, Err(error)) => {

@@ -62,30 +62,27 @@ pub enum StoppedError {
     Injected(#[from] Injected),
 }
 
-/// A VM that does not run. As long as this lives nobody starts it.
+/// A VM that does not run, and that nobody starts as long as this lives.
 #[derive(Debug)]
-pub struct StoppedVm {
-    /// The machine that a start would make.
-    pub blueprint: Blueprint,
+pub struct Held {
     host: Host,
     run_dir: PathBuf,
     _owner: OfdLock,
 }
 
-impl StoppedVm {
+impl Held {
     /// Holds a VM, once what a dead owner left was cleared up.
     ///
     /// # Errors
-    /// It runs, or could not be started as it is.
-    pub async fn hold(folders: &Folders, config: VmConfig) -> Result<StoppedVm, StoppedError> {
-        let vm = config.name.clone();
-        let files = folders.vm(&vm)?;
+    /// It runs.
+    pub fn take(folders: &Folders, vm: &VmName) -> Result<Held, StoppedError> {
+        let files = folders.vm(vm)?;
         if life(&files)? == Life::Remains {
-            recover(folders, &vm).map_err(Box::new)?;
+            recover(folders, vm).map_err(Box::new)?;
         }
         folders.make()?;
         files.make()?;
-        make_private(&folders.state_dir(&vm))?;
+        make_private(&folders.state_dir(vm))?;
         let taken = || StoppedError::Taken { vm: vm.clone() };
         let owner = OfdLock::try_acquire(&files.owner())?.ok_or_else(taken)?;
         // By now nobody starts it; but somebody may have, or may have died.
@@ -93,25 +90,39 @@ impl StoppedVm {
             return Err(taken());
         }
         let run_dir = files.dir().to_owned();
-        let drawn = Blueprint::draw(config, folders).await;
-        let leases = Leases::open(&folders.leases);
-        let (blueprint, leases) = match (drawn, leases) {
-            (Ok(blueprint), Ok(leases)) => (blueprint, leases),
-            (drawn, leases) => {
-                remove_folder(&run_dir);
-                leases?;
-                return Err(Box::new(drawn.expect_err("one of the two failed")).into());
-            }
-        };
-        let host = Host {
-            vm,
-            run_dir: run_dir.clone(),
-            state_dir: folders.state_dir(&blueprint.config.name),
-            leases,
-        };
-        let held = StoppedVm { blueprint, host, run_dir, _owner: owner };
+        let leases = Leases::open(&folders.leases)?;
+        let host =
+            Host { vm: vm.clone(), run_dir: run_dir.clone(), state_dir: folders.state_dir(vm), leases };
+        Ok(Held { host, run_dir, _owner: owner })
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Err(error) = self.host.leases.release_all(&self.host.vm, &self.run_dir) {
+            warn!(error = crate::request::chain(&error), "could not release all leases");
+        }
+        remove_folder(&self.run_dir);
+    }
+}
+
+/// A VM that is held, with the machine that a start would make.
+#[derive(Debug)]
+pub struct StoppedVm {
+    blueprint: Blueprint,
+    held: Held,
+}
+
+impl StoppedVm {
+    /// Holds a VM.
+    ///
+    /// # Errors
+    /// It runs, or could not be started as it is.
+    pub async fn hold(folders: &Folders, config: VmConfig) -> Result<StoppedVm, StoppedError> {
+        let held = Held::take(folders, &config.name)?;
+        let blueprint = Blueprint::draw(config, folders).await.map_err(Box::new)?;
         held.host.store().sweep(&held.host.vm)?;
-        Ok(held)
+        Ok(StoppedVm { blueprint, held })
     }
 
     /// Takes a snapshot: makes overlays, from which the next start starts.
@@ -119,7 +130,7 @@ impl StoppedVm {
     /// # Errors
     /// Nothing of it is left then.
     pub fn take_snapshot(&self, wish: &SnapshotCreate) -> Result<Snapshot, StoppedError> {
-        let (layout, store, vm) = (&self.blueprint.layout, self.host.store(), &self.host.vm);
+        let (layout, store, vm) = (&self.blueprint.layout, self.held.host.store(), &self.held.host.vm);
         if wish.quiesce {
             return Err(StoppedError::NoGuest { vm: vm.clone() });
         }
@@ -154,7 +165,7 @@ impl StoppedVm {
         discard: bool,
         sparse: bool,
     ) -> Result<Vec<String>, StoppedError> {
-        let (store, vm) = (self.host.store(), &self.host.vm);
+        let (store, vm) = (self.held.host.store(), &self.held.host.vm);
         let book = store.read()?;
         let mut back = snapshot.clone();
         let mut overlays = Vec::new();
@@ -189,7 +200,7 @@ impl StoppedVm {
     /// # Errors
     /// The names may be gone already; what could not be merged yet is merged by the next one.
     pub fn delete(&self, names: &[SnapshotName]) -> Result<(), StoppedError> {
-        let (store, vm) = (self.host.store(), &self.host.vm);
+        let (store, vm) = (self.held.host.store(), &self.held.host.vm);
         let book = store.read()?;
         let snapshots = names.iter().filter_map(|name| book.snapshot(vm, name));
         let mut bases: Vec<String> = Vec::new();
@@ -211,18 +222,18 @@ impl StoppedVm {
 
     /// Also what an interrupted one left to do.
     fn tidy(&self, mut bases: Vec<String>, steps: &mut Steps) -> Result<(), StoppedError> {
-        let store = self.host.store();
+        let store = self.held.host.store();
         let book = store.read()?;
         let mine =
             |path: &str| crate::launch::images(self.blueprint.layout.devices()).any(|image| image == path);
         bases.extend(book.chains.iter().filter(|chain| mine(&chain.top)).map(|chain| chain.base.clone()));
         bases.sort();
         bases.dedup();
-        Ok(tidy::tidy(&store, &bases, &self.host.vm, &qemu_img(&self.blueprint.binary), steps)?)
+        Ok(tidy::tidy(&store, &bases, &self.held.host.vm, &qemu_img(&self.blueprint.binary), steps)?)
     }
 
     fn lease(&self, id: &DeviceId, image: &str) -> Result<(), StoppedError> {
-        let leased = self.host.lease(id, image, Access::Write);
+        let leased = self.held.host.lease(id, image, Access::Write);
         leased.map_err(|source| StoppedError::Need { id: id.clone(), source })
     }
 
@@ -233,7 +244,7 @@ impl StoppedVm {
         steps: &mut Steps,
     ) -> Result<(), StoppedError> {
         steps.enter("intent")?;
-        self.host.store().intend(snapshot)?;
+        self.held.host.store().intend(snapshot)?;
         let qemu_img = qemu_img(&self.blueprint.binary);
         for overlay in overlays {
             steps.enter("overlay")?;
@@ -246,7 +257,7 @@ impl StoppedVm {
         let mut steps = Steps::of("snapshot");
         self.make(snapshot, overlays, &mut steps)?;
         steps.enter("book")?;
-        Ok(self.host.store().add(snapshot)?)
+        Ok(self.held.host.store().add(snapshot)?)
     }
 }
 
@@ -259,13 +270,4 @@ fn new_overlay(disk: &SnapshotDisk) -> Result<NewOverlay, ImageError> {
         format: disk.format,
         size_bytes: image::virtual_size(&image)?,
     })
-}
-
-impl Drop for StoppedVm {
-    fn drop(&mut self) {
-        if let Err(error) = self.host.leases.release_all(&self.host.vm, &self.run_dir) {
-            warn!(error = crate::request::chain(&error), "could not release all leases");
-        }
-        remove_folder(&self.run_dir);
-    }
 }

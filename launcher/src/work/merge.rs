@@ -29,6 +29,8 @@ pub struct Merging {
     pub merge: Merge,
     /// What is done, as QEMU has it.
     pub lesser: Lesser,
+    /// How fast at most, in bytes a second.
+    pub speed: Option<u64>,
 }
 
 impl Workshop {
@@ -52,7 +54,7 @@ impl Workshop {
         let (host, id, into) = (Arc::clone(&self.host), merging.id.clone(), merging.merge.into.clone());
         aside(move || host.lease(&id, &into, Access::Write)).await?;
         steps.enter("commit")?;
-        self.call(merging.lesser.begin()).await
+        self.call(merging.lesser.begin(merging.speed)).await
     }
 
     /// Waits for a job that was begun, by this owner or a former one, and clears up behind it.
