@@ -129,6 +129,8 @@ impl Capabilities {
         "pcie-root-port",
         "scsi-cd",
         "scsi-hd",
+        "vhost-scsi-pci",
+        "vhost-vdpa-device-pci",
         "virtconsole",
         "virtio-blk-pci",
         "virtio-net-pci",

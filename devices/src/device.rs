@@ -8,6 +8,8 @@ use crate::disk::DiskConfig;
 use crate::id::DeviceId;
 use crate::nic::NicConfig;
 use crate::port::{ChannelConfig, SerialConfig};
+use crate::vdpa::VdpaConfig;
+use crate::vhost_scsi::VhostScsiConfig;
 
 /// A device as its config asks for it. In JSON: the table's name, then its keys.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -27,6 +29,10 @@ pub enum DeviceConfig {
     Serial(SerialConfig),
     /// `[[channel]]`
     Channel(ChannelConfig),
+    /// `[[vdpa]]`
+    Vdpa(VdpaConfig),
+    /// `[[vhost_scsi]]`
+    VhostScsi(VhostScsiConfig),
 }
 
 /// One expression for the config inside, whatever its kind.
@@ -40,14 +46,25 @@ macro_rules! each {
             DeviceConfig::Nic($config) => $body,
             DeviceConfig::Serial($config) => $body,
             DeviceConfig::Channel($config) => $body,
+            DeviceConfig::Vdpa($config) => $body,
+            DeviceConfig::VhostScsi($config) => $body,
         }
     };
 }
 
 impl DeviceConfig {
     /// Names of the tables, in the order in which their devices are made: what others stand on comes first.
-    pub const TABLES: &'static [&'static str] =
-        &["iothread", "scsi_controller", "virtio_serial", "disk", "nic", "serial", "channel"];
+    pub const TABLES: &'static [&'static str] = &[
+        "iothread",
+        "scsi_controller",
+        "virtio_serial",
+        "disk",
+        "nic",
+        "serial",
+        "channel",
+        "vdpa",
+        "vhost_scsi",
+    ];
 
     /// The table's name.
     pub fn table(&self) -> &'static str {
@@ -64,6 +81,8 @@ impl DeviceConfig {
             DeviceConfig::Nic(_) => 4,
             DeviceConfig::Serial(_) => 5,
             DeviceConfig::Channel(_) => 6,
+            DeviceConfig::Vdpa(_) => 7,
+            DeviceConfig::VhostScsi(_) => 8,
         }
     }
 
@@ -87,6 +106,8 @@ impl DeviceConfig {
             DeviceConfig::Nic(_) => "net",
             DeviceConfig::Serial(_) => "serial",
             DeviceConfig::Channel(_) => "channel",
+            DeviceConfig::Vdpa(_) => "vdpa",
+            DeviceConfig::VhostScsi(_) => "vscsi",
         }
     }
 
@@ -95,6 +116,8 @@ impl DeviceConfig {
         match self {
             DeviceConfig::Disk(disk) => disk.bootindex,
             DeviceConfig::Nic(nic) => nic.bootindex,
+            DeviceConfig::Vdpa(vdpa) => vdpa.bootindex,
+            DeviceConfig::VhostScsi(scsi) => scsi.bootindex,
             _ => None,
         }
     }
@@ -124,6 +147,8 @@ impl DeviceConfig {
             DeviceConfig::Disk(disk) if disk.scsi.is_some() => 4,
             DeviceConfig::Disk(disk) => pci(&disk.seat, false),
             DeviceConfig::Nic(nic) => pci(&nic.seat, false),
+            DeviceConfig::Vdpa(vdpa) => pci(&vdpa.seat, false),
+            DeviceConfig::VhostScsi(scsi) => pci(&scsi.seat, false),
             DeviceConfig::Serial(_) | DeviceConfig::Channel(_) => 5,
         }
     }
@@ -145,6 +170,8 @@ impl DeviceConfig {
                 nic.bridge.clone().or_else(|| nic.tap.clone()).or_else(|| nic.vhost_user.clone())
             }
             DeviceConfig::Channel(channel) => channel.path.clone(),
+            DeviceConfig::Vdpa(vdpa) => Some(vdpa.device.to_string()),
+            DeviceConfig::VhostScsi(scsi) => Some(scsi.wwpn.to_string()),
             DeviceConfig::Serial(_)
             | DeviceConfig::Iothread(_)
             | DeviceConfig::ScsiController(_)
@@ -159,9 +186,11 @@ impl DeviceConfig {
             DeviceConfig::Nic(nic) => nic.vhost_user.as_mut().into_iter().collect(),
             DeviceConfig::Serial(serial) => serial.log.as_mut().into_iter().collect(),
             DeviceConfig::Channel(channel) => channel.path.as_mut().into_iter().collect(),
-            DeviceConfig::Iothread(_) | DeviceConfig::ScsiController(_) | DeviceConfig::VirtioSerial(_) => {
-                Vec::new()
-            }
+            DeviceConfig::Iothread(_)
+            | DeviceConfig::ScsiController(_)
+            | DeviceConfig::VirtioSerial(_)
+            | DeviceConfig::Vdpa(_)
+            | DeviceConfig::VhostScsi(_) => Vec::new(),
         }
     }
 }

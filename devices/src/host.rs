@@ -37,6 +37,59 @@ pub struct HostFacts {
     pub chains: BTreeMap<String, Vec<Layer>>,
     /// The folder in which sockets without a path of their own are made.
     pub run_dir: String,
+    /// vDPA devices. Looked at for such a device only.
+    pub vdpa: Vec<HostVdpa>,
+    /// Targets of vhost-scsi. Looked at for such a device only.
+    pub scsi: Option<ScsiTargets>,
+}
+
+words! {
+    /// What a vDPA device is, as far as QEMU has a device of that class.
+    VdpaClass, "vDPA class" {
+        /// A network device.
+        Net = "a network device",
+        /// A block device.
+        Block = "a block device",
+        /// Anything else.
+        Other = "a device of another class",
+    }
+}
+
+/// A vDPA device of the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct HostVdpa {
+    /// Its name on the vDPA bus.
+    pub name: String,
+    /// Its char device: `/dev/vhost-vdpa-0`. Only the driver vhost_vdpa makes one.
+    pub node: Option<String>,
+    /// The driver that has it.
+    pub driver: Option<String>,
+    /// Its class, if the kernel told.
+    pub class: Option<VdpaClass>,
+    /// Whether a process or the kernel plays it, and maps the guest's memory by its file.
+    pub in_software: bool,
+    /// Virtqueues at most.
+    pub max_queues: Option<u32>,
+    /// Of a network device: its address, if it is not null.
+    pub mac: Option<Mac>,
+}
+
+/// The targets of vhost-scsi.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ScsiTargets {
+    /// Whether `/dev/vhost-scsi` is there.
+    pub driver: bool,
+    /// Their port groups, by name; unknown where they may not be listed.
+    pub targets: Option<BTreeMap<String, Vec<ScsiGroup>>>,
+}
+
+/// A port group of a target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScsiGroup {
+    /// The N of `tpgt_N`.
+    pub number: u32,
+    /// Whether it has the initiator's side, without which nobody gets to its LUNs.
+    pub nexus: bool,
 }
 
 /// How a file is used.
@@ -83,6 +136,22 @@ pub enum HostNeed {
     },
     /// A process that serves a disk's image to QEMU.
     IoProxy(IoProxy),
+    /// A vDPA device: leased host-wide, its char device opened by the launcher.
+    Vdpa {
+        /// Its name on the vDPA bus.
+        name: String,
+        /// Its char device.
+        node: String,
+        /// Name of the descriptor, unless QEMU opens it itself.
+        descriptor: Option<String>,
+    },
+    /// A target of vhost-scsi: leased host-wide, `/dev/vhost-scsi` opened by the launcher.
+    VhostScsi {
+        /// The target.
+        wwpn: String,
+        /// Name of the descriptor.
+        descriptor: String,
+    },
 }
 
 /// A process that opens a disk's image in QEMU's place, serves it over NBD, and retries what fails.

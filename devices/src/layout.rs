@@ -4,6 +4,7 @@
 //! the plan keeps the new layout, and calls [`Layout::remove`] if it could not be carried out.
 
 mod check;
+mod host_devices;
 mod medium;
 mod merge;
 mod overlay;
@@ -264,6 +265,8 @@ impl Layout {
         self.check_shared(&id, &config)?;
         let about = (self.shared_memory, self.is_threaded(&config));
         let storage = check(&id, &config, about, host, qemu)?;
+        self.check_host_devices(&id, &config, &storage)?;
+        host_devices::adopt_mac(&mut config, &storage);
         self.assign(&id, &mut config)?;
         let seat = seat(&config);
         if let Some(seat) = &seat {
@@ -350,6 +353,11 @@ impl Layout {
             }
             (DeviceConfig::ScsiController(scsi), Some(address)) => scsi.lower(id, address),
             (DeviceConfig::VirtioSerial(serial), Some(address)) => serial.lower(id, address),
+            (DeviceConfig::Vdpa(vdpa), Some(address)) => {
+                let device = storage.vdpa.as_ref().expect("a vDPA device was found before it is lowered");
+                vdpa.lower(id, address, device, self.free_fdset(), self.next_generation(id))
+            }
+            (DeviceConfig::VhostScsi(scsi), Some(address)) => scsi.lower(id, address),
             (DeviceConfig::Iothread(iothread), _) => iothread.lower(id),
             (_, None) => unreachable!("every kind but an iothread claims a seat"),
         }
@@ -359,6 +367,10 @@ impl Layout {
     fn top_generation(&self, id: &DeviceId, chain: &[Layer]) -> Generation {
         let last = self.generations.get(id).copied().unwrap_or_default().0;
         Generation(last.saturating_add(u32::try_from(chain.len()).unwrap_or(u32::MAX)))
+    }
+
+    fn next_generation(&self, id: &DeviceId) -> Generation {
+        Generation(self.generations.get(id).copied().unwrap_or_default().0.saturating_add(1))
     }
 
     fn note_generation(&mut self, placed: &Placed) {
@@ -402,10 +414,7 @@ impl Placed {
     }
 
     fn mac(&self) -> Option<Mac> {
-        match &self.config {
-            DeviceConfig::Nic(nic) => nic.mac,
-            _ => None,
-        }
+        host_devices::mac(&self.config)
     }
 }
 

@@ -8,7 +8,7 @@
 //! ```text
 //!  DeviceConfig --plan--> Placed { address, spec, needs } --argv--> -blockdev ... -device ...
 //!   disk retry nic port      |                            --calls-> blockdev-add ... device_add ...
-//!   controller           Layout: Topology (seats), labels, MAC addresses, generations
+//!   controller vdpa ...  Layout: Topology (seats), labels, MAC addresses, generations
 //! ```
 //!
 //! `id` builds every name, `address` every place in the guest and `bdf` those on the host, `text` and `units` are the newtypes' one door, `keyval` is QEMU's `key=value` notation,
@@ -35,6 +35,8 @@ pub mod spec;
 pub mod text;
 pub mod topology;
 pub mod units;
+pub mod vdpa;
+pub mod vhost_scsi;
 
 pub use device::DeviceConfig;
 pub use id::DeviceId;

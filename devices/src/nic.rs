@@ -150,7 +150,7 @@ impl NicConfig {
             }
         }
         if matches!(path, Path::VhostUser { .. }) && !shared_memory {
-            return Err(Refusal::PrivateMemory { id: id.clone() });
+            return Err(Refusal::PrivateMemory { id: id.clone(), what: "vhost-user" });
         }
         let kind = self.netdev_type();
         if !qemu.netdevs.contains(kind) {

@@ -4,6 +4,8 @@ use thiserror::Error;
 
 use crate::id::{DeviceId, Label};
 use crate::topology::TopologyError;
+use crate::vdpa::VdpaError;
+use crate::vhost_scsi::VhostScsiError;
 
 /// A device that cannot be had as it is asked for. `what` is the device's id, or its kind where it has none yet.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -156,14 +158,32 @@ pub enum Refusal {
         /// Who has it.
         holder: DeviceId,
     },
-    /// vhost-user needs memory that another process can map.
+    /// What serves it is another process, or maps memory as one, and cannot map private memory.
     #[error(
-        "{id}: vhost-user needs guest memory that the backend process can map: \
+        "{id}: {what} needs guest memory that the backend process can map: \
              write memory = {{ size = ..., shared = true }} and start the VM anew"
     )]
     PrivateMemory {
-        /// The NIC.
+        /// The device.
         id: DeviceId,
+        /// What serves it.
+        what: &'static str,
+    },
+    /// A vDPA device of the host that cannot be given to the guest.
+    #[error("{id}: {source}")]
+    Vdpa {
+        /// The device.
+        id: DeviceId,
+        /// Why.
+        source: VdpaError,
+    },
+    /// A target of vhost-scsi that cannot be given to the guest.
+    #[error("{id}: {source}")]
+    VhostScsi {
+        /// The device.
+        id: DeviceId,
+        /// Why.
+        source: VhostScsiError,
     },
     /// It cannot be plugged while the VM runs.
     #[error("{id}: {kind} cannot be plugged in or out while the VM runs: use --config and start the VM anew")]

@@ -58,6 +58,27 @@ pub enum Backend {
     Netdev(Netdev),
     /// `-chardev`, `chardev-add`.
     Chardev(Chardev),
+    /// `-add-fd`, `add-fd`.
+    Fdset(Fdset),
+}
+
+/// A descriptor that QEMU opens by a path: for properties that take nothing but a path.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fdset {
+    /// The set's number.
+    pub number: u32,
+    /// The descriptor's name.
+    pub descriptor: String,
+}
+
+impl Fdset {
+    /// The number of the first set that qvirt makes. QEMU counts from 0 where a client names no number.
+    pub(crate) const FIRST: u32 = 1000;
+
+    /// What stands for its descriptor where QEMU wants a path.
+    pub fn path(&self) -> String {
+        format!("/dev/fdset/{}", self.number)
+    }
 }
 
 /// A netdev, with descriptors that have numbers on a command line and names in QMP.
@@ -100,11 +121,14 @@ impl Backend {
             Backend::Object(props) => ("-object", json(props)),
             Backend::Blockdev(props) => ("-blockdev", json(props)),
             Backend::Netdev(netdev) => {
-                let number = |name: &str| numbers.get(name).map_or_else(|| name.to_owned(), i32::to_string);
-                let members = netdev.members(number);
+                let members = netdev.members(|name| spelled(numbers, name));
                 ("-netdev", if qemu.json_netdev() { json(&members) } else { keyval::print(&members) })
             }
             Backend::Chardev(chardev) => ("-chardev", chardev.option()),
+            Backend::Fdset(set) => {
+                let Fdset { number, descriptor } = set;
+                ("-add-fd", format!("fd={},set={number},opaque={descriptor}", spelled(numbers, descriptor)))
+            }
         };
         [option.to_owned(), value]
     }
@@ -116,6 +140,9 @@ impl Backend {
             Backend::Blockdev(props) => Call::new("blockdev-add", Value::Object(props.clone())),
             Backend::Netdev(netdev) => Call::new("netdev_add", Value::Object(netdev.members(str::to_owned))),
             Backend::Chardev(chardev) => chardev.add(),
+            Backend::Fdset(set) => {
+                Call::new("add-fd", json!({"fdset-id": set.number, "opaque": set.descriptor}))
+            }
         }
     }
 
@@ -129,14 +156,16 @@ impl Backend {
             }
             Backend::Netdev(netdev) => Call::new("netdev_del", json!({"id": text(&netdev.props, "id")})),
             Backend::Chardev(chardev) => Call::new("chardev-remove", json!({"id": chardev.id})),
+            Backend::Fdset(set) => Call::new("remove-fd", json!({"fdset-id": set.number})),
         }
     }
 
-    /// Names of the descriptors it uses.
+    /// Names of the descriptors that must have been sent to QEMU before it is made.
     pub fn descriptors(&self) -> impl Iterator<Item = &str> {
         let lists = match self {
             Backend::Netdev(netdev) => netdev.descriptors.as_slice(),
-            Backend::Object(_) | Backend::Blockdev(_) | Backend::Chardev(_) => &[],
+            // A set takes its descriptor along with the command.
+            Backend::Object(_) | Backend::Blockdev(_) | Backend::Chardev(_) | Backend::Fdset(_) => &[],
         };
         lists.iter().flat_map(|list| list.names.iter().map(String::as_str))
     }
@@ -158,13 +187,22 @@ impl Frontend {
         self.0.iter().filter(|(key, _)| !matches!(key.as_str(), "driver" | "id" | "bus"))
     }
 
+    /// The property that stands for an open descriptor.
+    const DESCRIPTOR: &'static str = "vhostfd";
+
+    /// The name of the descriptor that must have been sent to QEMU before it is made.
+    pub fn descriptor(&self) -> Option<&str> {
+        self.0.get(Self::DESCRIPTOR)?.as_str()
+    }
+
     /// The option and its value.
-    pub fn flag(&self, qemu: &Capabilities) -> [String; 2] {
-        let value = if qemu.json_device() {
-            Value::Object(self.0.clone()).to_string()
-        } else {
-            keyval::print(&self.0)
-        };
+    pub fn flag(&self, qemu: &Capabilities, numbers: &Numbers) -> [String; 2] {
+        let mut members = self.0.clone();
+        if let Some(name) = self.descriptor() {
+            members.insert(Self::DESCRIPTOR.to_owned(), Value::from(spelled(numbers, name)));
+        }
+        let value =
+            if qemu.json_device() { Value::Object(members).to_string() } else { keyval::print(&members) };
         ["-device".to_owned(), value]
     }
 
@@ -183,17 +221,32 @@ impl DeviceSpec {
     /// The whole device as command-line words.
     pub fn argv(&self, qemu: &Capabilities, numbers: &Numbers) -> Vec<String> {
         let backends = self.backends.iter().flat_map(|b| b.flag(qemu, numbers));
-        backends.chain(self.frontend.iter().flat_map(|f| f.flag(qemu))).collect()
+        backends.chain(self.frontend.iter().flat_map(|f| f.flag(qemu, numbers))).collect()
     }
 
     /// The whole device as the QMP commands of its hot-plug, `getfd` among them.
     pub fn calls(&self) -> Vec<Call> {
+        let getfd = |name: &str| Call::new("getfd", json!({"fdname": name}));
         let mut calls = Vec::new();
         for backend in &self.backends {
-            calls.extend(backend.descriptors().map(|name| Call::new("getfd", json!({"fdname": name}))));
+            calls.extend(backend.descriptors().map(getfd));
             calls.push(backend.add());
         }
-        calls.extend(self.frontend.iter().map(Frontend::add));
+        if let Some(frontend) = &self.frontend {
+            calls.extend(frontend.descriptor().map(getfd));
+            calls.push(frontend.add());
+        }
         calls
     }
+
+    /// Names of all descriptors that QEMU gets to know by a name of their own.
+    pub fn named_descriptors(&self) -> impl Iterator<Item = &str> {
+        let of_frontend = self.frontend.iter().filter_map(Frontend::descriptor);
+        self.backends.iter().flat_map(Backend::descriptors).chain(of_frontend)
+    }
+}
+
+/// A descriptor on a command line: its number, or its name where it has none yet.
+fn spelled(numbers: &Numbers, name: &str) -> String {
+    numbers.get(name).map_or_else(|| name.to_owned(), i32::to_string)
 }

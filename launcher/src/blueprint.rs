@@ -18,6 +18,7 @@ use crate::accel::{self, Accel, AccelError};
 use crate::config::{ConfigError, VmConfig};
 use crate::examine::{Answer, Question, examine};
 use crate::folders::{Folders, FoldersError, VmFiles};
+use crate::host::{scsi_target, vdpa};
 use crate::probe::{ProbeError, probe};
 use crate::process::{SpawnError, find_binary};
 use crate::snapshot::Store;
@@ -80,10 +81,13 @@ impl Blueprint {
         let qemu = probe(&binary, &folders.cache).await?;
         let store = Store::new(&folders.state);
         let answers = examine(&questions(&config, &store)).await;
-        Blueprint::plan(config, binary, qemu, &accel::HostFacts::read(), &files, answers)
+        let mut facts = HostFacts::default();
+        vdpa::learn(&mut facts, &config.devices);
+        scsi_target::learn(&mut facts, &config.devices);
+        Blueprint::plan(config, binary, qemu, &accel::HostFacts::read(), &files, (facts, answers))
     }
 
-    /// Plans a VM for a QEMU and a host that are known already; looks at its images in this process.
+    /// Plans a VM for a QEMU and a host that are known already (`facts`: its devices); looks at its images in this process.
     pub fn draw_for(
         config: VmConfig,
         binary: PathBuf,
@@ -91,9 +95,10 @@ impl Blueprint {
         host: &accel::HostFacts,
         files: &VmFiles,
         store: &Store,
+        facts: HostFacts,
     ) -> Result<Blueprint, BlueprintError> {
         let answers = questions(&config, store).iter().map(Question::answer).collect();
-        Blueprint::plan(config, binary, qemu, host, files, answers)
+        Blueprint::plan(config, binary, qemu, host, files, (facts, answers))
     }
 
     fn plan(
@@ -102,7 +107,7 @@ impl Blueprint {
         qemu: Capabilities,
         host: &accel::HostFacts,
         files: &VmFiles,
-        answers: Vec<Answer>,
+        found: (HostFacts, Vec<Answer>),
     ) -> Result<Blueprint, BlueprintError> {
         let (accel, accel_reason) = accel::choose(config.accel, host)
             .map_err(|source| BlueprintError::Accel { path: config.path.clone(), source })?;
@@ -112,7 +117,7 @@ impl Blueprint {
         if let Some(notify) = &config.notify {
             notify.check().map_err(|why| config.at_notify(why))?;
         }
-        let facts = facts_of(&config, files, answers)?;
+        let facts = facts_of(&config, files, found)?;
         let layout = layout(&config, machine.shares_memory(), &facts, &qemu)?;
         let accel_reason = format!("{}: {accel_reason}", machine.accel);
         Ok(Blueprint { config, binary, qemu, machine, layout, accel_reason })
@@ -159,8 +164,12 @@ fn kernel(config: &VmConfig) -> impl Iterator<Item = &String> {
 }
 
 /// What was found out, in the order of [`questions`].
-fn facts_of(config: &VmConfig, files: &VmFiles, answers: Vec<Answer>) -> Result<HostFacts, ConfigError> {
-    let mut facts = HostFacts { run_dir: files.dir().to_string_lossy().into_owned(), ..HostFacts::default() };
+fn facts_of(
+    config: &VmConfig,
+    files: &VmFiles,
+    (mut facts, answers): (HostFacts, Vec<Answer>),
+) -> Result<HostFacts, ConfigError> {
+    facts.run_dir = files.dir().to_string_lossy().into_owned();
     let mut answers = answers.into_iter();
     let mut next = || answers.next().unwrap_or_else(|| Err("it was not looked at: try again".to_owned()));
     for (index, device) in config.devices.iter().enumerate() {

@@ -13,6 +13,8 @@ use devices::machine::{Firmware, Kernel, Memory};
 use devices::nic::NicConfig;
 use devices::pcie::{ControllerConfig, PcieConfig};
 use devices::port::{ChannelConfig, SerialConfig};
+use devices::vdpa::VdpaConfig;
+use devices::vhost_scsi::VhostScsiConfig;
 use serde::{Deserialize, Deserializer};
 use thiserror::Error;
 use toml::Spanned;
@@ -104,6 +106,10 @@ struct VmFile {
     serial: Vec<Spanned<SerialConfig>>,
     #[serde(default)]
     channel: Vec<Spanned<ChannelConfig>>,
+    #[serde(default)]
+    vdpa: Vec<Spanned<VdpaConfig>>,
+    #[serde(default)]
+    vhost_scsi: Vec<Spanned<VhostScsiConfig>>,
 }
 
 /// A device file: the same tables, `[disk]` or `[[disk]]`.
@@ -119,6 +125,8 @@ struct DeviceFile {
     nic: OneOrMany<NicConfig>,
     serial: OneOrMany<SerialConfig>,
     channel: OneOrMany<ChannelConfig>,
+    vdpa: OneOrMany<VdpaConfig>,
+    vhost_scsi: OneOrMany<VhostScsiConfig>,
 }
 
 #[derive(Debug)]
@@ -318,7 +326,9 @@ fn devices_of(file: &VmFile, line: &dyn Fn(usize) -> usize) -> (Vec<DeviceConfig
         .chain(all(&file.disk, DeviceConfig::Disk))
         .chain(all(&file.nic, DeviceConfig::Nic))
         .chain(all(&file.serial, DeviceConfig::Serial))
-        .chain(all(&file.channel, DeviceConfig::Channel));
+        .chain(all(&file.channel, DeviceConfig::Channel))
+        .chain(all(&file.vdpa, DeviceConfig::Vdpa))
+        .chain(all(&file.vhost_scsi, DeviceConfig::VhostScsi));
     found.map(|(device, offset)| (device, line(offset))).unzip()
 }
 
@@ -342,6 +352,8 @@ pub fn read_device(path: &Path) -> Result<DeviceConfig, ConfigError> {
     devices.extend(file.nic.0.into_iter().map(DeviceConfig::Nic));
     devices.extend(file.serial.0.into_iter().map(DeviceConfig::Serial));
     devices.extend(file.channel.0.into_iter().map(DeviceConfig::Channel));
+    devices.extend(file.vdpa.0.into_iter().map(DeviceConfig::Vdpa));
+    devices.extend(file.vhost_scsi.0.into_iter().map(DeviceConfig::VhostScsi));
     let found = devices.len();
     match devices.pop() {
         Some(mut device) if found == 1 => {
@@ -363,6 +375,8 @@ pub fn parse_flag(table: &'static str, text: &str, folder: &Path) -> Result<Devi
         "disk" => parse(text).map(DeviceConfig::Disk),
         "nic" => parse(text).map(DeviceConfig::Nic),
         "serial" => parse(text).map(DeviceConfig::Serial),
+        "vdpa" => parse(text).map(DeviceConfig::Vdpa),
+        "vhost_scsi" => parse(text).map(DeviceConfig::VhostScsi),
         _ => parse(text).map(DeviceConfig::Channel),
     };
     let mut device = parsed.map_err(|source| {

@@ -74,6 +74,8 @@ fn table(device: &DeviceConfig) -> Result<Table, EditError> {
         DeviceConfig::Nic(config) => of(config),
         DeviceConfig::Serial(config) => of(config),
         DeviceConfig::Channel(config) => of(config),
+        DeviceConfig::Vdpa(config) => of(config),
+        DeviceConfig::VhostScsi(config) => of(config),
     }?;
     for (_, item) in table.iter_mut() {
         if let Item::Table(inner) = item {

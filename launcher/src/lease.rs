@@ -70,6 +70,11 @@ pub enum LeaseKey {
         /// Its name under `/sys/bus/vdpa/devices`.
         name: String,
     },
+    /// A target of vhost-scsi.
+    VhostScsi {
+        /// Its name under `/sys/kernel/config/target/vhost`.
+        wwpn: String,
+    },
 }
 
 impl LeaseKey {
@@ -101,6 +106,7 @@ impl LeaseKey {
             LeaseKey::Pci { address } => format!("pci-{}.", safe(address)),
             LeaseKey::IommuGroup { number } => format!("iommu-group-{number}."),
             LeaseKey::Vdpa { name } => format!("vdpa-{}.", safe(name)),
+            LeaseKey::VhostScsi { wwpn } => format!("vhost-scsi-{}.", safe(wwpn)),
         }
     }
 }

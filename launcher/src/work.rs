@@ -148,11 +148,14 @@ impl Step {
         "vhost-net",
         "socket",
         "io-proxy",
+        "vdpa",
+        "vhost-scsi",
         "descriptor",
         "object",
         "blockdev",
         "netdev",
         "chardev",
+        "fdset",
         "frontend",
         "verify",
         "settle",
@@ -167,11 +170,14 @@ impl Step {
             Step::Need(HostNeed::VhostNet { .. }) => "vhost-net",
             Step::Need(HostNeed::Socket { .. }) => "socket",
             Step::Need(HostNeed::IoProxy(_)) => "io-proxy",
+            Step::Need(HostNeed::Vdpa { .. }) => "vdpa",
+            Step::Need(HostNeed::VhostScsi { .. }) => "vhost-scsi",
             Step::Descriptor(_) => "descriptor",
             Step::Backend(Backend::Object(_)) => "object",
             Step::Backend(Backend::Blockdev(_)) => "blockdev",
             Step::Backend(Backend::Netdev(_)) => "netdev",
             Step::Backend(Backend::Chardev(_)) => "chardev",
+            Step::Backend(Backend::Fdset(_)) => "fdset",
             Step::Frontend => "frontend",
             Step::Verify => "verify",
             Step::Settle => "settle",
@@ -186,7 +192,8 @@ impl Step {
             steps.extend(backend.descriptors().map(|name| Step::Descriptor(name.to_owned())));
             steps.push(Step::Backend(backend.clone()));
         }
-        if device.spec.frontend.is_some() {
+        if let Some(frontend) = &device.spec.frontend {
+            steps.extend(frontend.descriptor().map(|name| Step::Descriptor(name.to_owned())));
             steps.extend([Step::Frontend, Step::Verify]);
         }
         steps.push(Step::Settle);
@@ -265,7 +272,19 @@ impl Workshop {
                 let sent = self.qmp.call_with_fds("getfd", json!({"fdname": name}), vec![descriptor]).await;
                 sent.map_err(|source| StepError::Qmp { command: "getfd", source })?;
             }
-            Step::Backend(backend) => self.call(backend.add()).await?,
+            Step::Backend(backend) => {
+                let taken = match &backend {
+                    Backend::Fdset(set) => {
+                        let name = &set.descriptor;
+                        let taken = descriptors.remove(name).ok_or(StepError::NoDescriptor(name.clone()))?;
+                        vec![taken]
+                    }
+                    _ => Vec::new(),
+                };
+                let Call { execute, arguments } = backend.add();
+                let sent = self.qmp.call_with_fds(execute, arguments, taken).await;
+                sent.map_err(|source| StepError::Qmp { command: execute, source })?;
+            }
             Step::Frontend => {
                 if let Some(frontend) = &device.spec.frontend {
                     self.call(frontend.add()).await?;
@@ -298,8 +317,7 @@ impl Workshop {
                 return true;
             }
         }
-        let names = device.spec.backends.iter().flat_map(Backend::descriptors);
-        for name in names {
+        for name in device.spec.named_descriptors() {
             let closed = self.undo(Call { execute: "closefd", arguments: json!({"fdname": name}) }).await;
             closed.unwrap_or_else(
                 |error| warn!(device = %device.id, %error, "a descriptor stays open in QEMU"),

@@ -11,9 +11,9 @@ use tests::vm::Output;
 
 use crate::stage::Stage;
 
-/// Kinds of step that need a network to change, and the nodes for it: where this host does not give us one of our own, they are failed in
-/// the lab.
-const IN_THE_LAB: [&str; 3] = ["tap", "vhost-net", "descriptor"];
+/// Kinds of step that need a network to change, and the nodes for it, or devices of the host: where this host does not give us any of our own,
+/// they are failed in the lab.
+const IN_THE_LAB: [&str; 6] = ["tap", "vhost-net", "descriptor", "vdpa", "vhost-scsi", "fdset"];
 
 /// A sweep ends with a success; none has so many steps.
 const MANY: u32 = 60;
@@ -212,9 +212,11 @@ fn plug_on_the_fake() {
     }
     let missing: BTreeSet<&str> =
         Step::KINDS.iter().copied().filter(|kind| !attached.contains(*kind)).collect();
-    let in_the_lab = IN_THE_LAB
-        .into_iter()
-        .filter(|kind| if *kind == "vhost-net" { !network.vhost } else { !network.taps });
+    let in_the_lab = IN_THE_LAB.into_iter().filter(|kind| match *kind {
+        "vhost-net" => !network.vhost,
+        "tap" | "descriptor" => !network.taps,
+        _ => true,
+    });
     let expected: BTreeSet<&str> = in_the_lab.collect();
     assert_eq!(missing, expected, "each kind of step is failed here, or in the lab");
 }

@@ -7,6 +7,8 @@ use devices::host::HostFacts;
 use devices::machine::{MachineError, versioned};
 use devices::pcie::{PcieRule, RootPort, written_out};
 use devices::topology::{Topology, TopologyError};
+use devices::vdpa::VdpaError;
+use devices::vhost_scsi::VhostScsiError;
 use devices::{DeviceConfig, Layout, Moment, Refusal, plan, plan_machine};
 use launcher::accel::AccelError;
 use launcher::blueprint::Blueprint;
@@ -30,8 +32,10 @@ macro_rules! variants {
 
 variants!(
     refusal, REFUSALS, Refusal: DuplicateId, LabelTaken, LabelPrefix, NoLabel, Seat, Misplaced, Missing, Value, UnknownImage,
-    NotInQemu, NoProperty, NoIothread, BootIndexTaken, MacTaken, PrivateMemory, NotHotPluggable, InUse, NoSuchDevice, Busy
+    NotInQemu, NoProperty, NoIothread, BootIndexTaken, MacTaken, PrivateMemory, Vdpa, VhostScsi, NotHotPluggable, InUse, NoSuchDevice, Busy
 );
+variants!(vdpa, VDPA, VdpaError: NoDevice, NoNode, Taken, Class, Mac, Queues, NoGeneric, NoBlockDriver);
+variants!(vhost_scsi, VHOST_SCSI, VhostScsiError: NoModule, NoTarget, NoGroup, NoNexus, Taken);
 variants!(topology, TOPOLOGY, TopologyError: NoFreePort, NoRoom, Taken, NoSuchSeat, NotHot, ReservedSlot, NotFunctionZero, NoController, Full);
 variants!(pcie, PCIE, PcieRule: Index, Chassis, Port, Function, Place, Slot, NoPort, Seat, Key, Id);
 variants!(machine, MACHINE, MachineError: Unknown, NoPcie, Memory, NoCpu);
@@ -52,8 +56,11 @@ struct Told {
 impl Told {
     fn refusal(error: &Refusal) -> Told {
         let mut ways = vec![refusal(error)];
-        if let Refusal::Seat { source, .. } = error {
-            ways.push(topology(source));
+        match error {
+            Refusal::Seat { source, .. } => ways.push(topology(source)),
+            Refusal::Vdpa { source, .. } => ways.push(vdpa(source)),
+            Refusal::VhostScsi { source, .. } => ways.push(vhost_scsi(source)),
+            _ => {}
         }
         Told { text: error.to_string(), ways }
     }
@@ -84,6 +91,7 @@ fn tell(case: &Case, qemu: &Recorded) -> Result<(), Told> {
         &case.host(),
         &files,
         &case.store(),
+        case.host_devices(),
     );
     let blueprint = drawn.map_err(|error| {
         let reason = reason(&config, case, qemu);
@@ -97,7 +105,7 @@ fn tell(case: &Case, qemu: &Recorded) -> Result<(), Told> {
         std::fs::copy(device, &copy).expect("the folder is writable");
         let device = read_device(&copy).map_err(|error| Told::config(&error))?;
         let run_dir = files.dir().to_string_lossy().into_owned();
-        let mut host = HostFacts { run_dir, ..HostFacts::default() };
+        let mut host = HostFacts { run_dir, ..case.host_devices() };
         learn(&mut host, &device).map_err(|error| Told::image(&error))?;
         plan(&device, &blueprint.layout, &host, &blueprint.qemu, Moment::Hot)
             .map_err(|refusal| Told::refusal(&refusal))?;
@@ -138,7 +146,7 @@ fn behind_devices(
     qemu: &devices::capabilities::Capabilities,
 ) -> Result<(), Told> {
     let run_dir = case.files(&config.name).dir().to_string_lossy().into_owned();
-    let mut host = HostFacts { run_dir, ..HostFacts::default() };
+    let mut host = HostFacts { run_dir, ..case.host_devices() };
     let mut learn = |device| learn(&mut host, device).map_err(|error| Told::image(&error));
     config.devices.iter().try_for_each(&mut learn)?;
     for path in config.firmware.iter().map(|firmware| &firmware.code) {
@@ -207,7 +215,7 @@ fn every_wrong_input_is_told_what_to_do_and_every_refusal_has_a_case() {
         check(name, told, &text);
     }
     all_good(results);
-    let all = [REFUSALS, TOPOLOGY, PCIE, MACHINE, CONFIG, IMAGES, ACCEL].concat();
+    let all = [REFUSALS, TOPOLOGY, VDPA, VHOST_SCSI, PCIE, MACHINE, CONFIG, IMAGES, ACCEL].concat();
     let missing: Vec<_> = all.iter().filter(|variant| !seen.contains(**variant)).collect();
     assert!(missing.is_empty(), "no case is refused by {missing:?}: write one into tests/bad");
 }

@@ -2,13 +2,15 @@
 //!
 //! Lines that begin with `#!` prepare the folder and the host: `raw NAME`, `qcow2 NAME [BACKING [FORMAT]]`, `text NAME WORD`,
 //! `folder NAME`, `block NAME` (a file that counts as a block device), `no-kvm`, `no-json-options`, `qemu-retries`,
-//! `without BLOCK-DRIVER`, `detach ID`, `snapshot` (what a snapshot of its disks is).
+//! `without BLOCK-DRIVER`, `without-device DRIVER`, `libblkio`, `only 10.0`, `detach ID`, `snapshot` (what a snapshot of its disks is); of the host's
+//! devices `vdpa NAME CLASS N|DRIVER BUS|software QUEUES [MAC]`, `scsi-target WWPN GROUP[:no-nexus]...`, `no-vhost-scsi`, `no-configfs`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use devices::DeviceConfig;
 use devices::capabilities::Capabilities;
+use devices::host::{HostVdpa, ScsiGroup, ScsiTargets, VdpaClass};
 use launcher::accel::{HostFacts, KvmNode, Virtualization};
 use launcher::examine::Question;
 use launcher::folders::{Folders, VmFiles};
@@ -74,9 +76,12 @@ impl Case {
                 ["qcow2", name] => fs::write(path(name), qcow2(None, None)),
                 ["qcow2", name, backing] => fs::write(path(name), qcow2(Some(backing), None)),
                 ["qcow2", name, backing, format] => fs::write(path(name), qcow2(Some(backing), Some(format))),
-                ["no-kvm" | "no-json-options" | "qemu-retries" | "snapshot"] | ["detach" | "without", _] => {
-                    Ok(())
-                }
+                [
+                    "no-kvm" | "no-json-options" | "qemu-retries" | "snapshot" | "libblkio" | "no-vhost-scsi"
+                    | "no-configfs",
+                ]
+                | ["detach" | "without" | "without-device" | "only", _]
+                | ["vdpa" | "scsi-target", ..] => Ok(()),
                 _ => panic!("{}: directive {directive:?} is unknown", self.name),
             };
             written.expect("the folder is writable");
@@ -109,7 +114,41 @@ impl Case {
         };
         let without = self.said("without");
         capabilities.block_drivers.retain(|driver| !without.contains(driver));
+        let without = self.said("without-device");
+        capabilities.devices.retain(|driver, _| !without.contains(driver));
+        if self.says("libblkio") {
+            capabilities.block_drivers.insert("virtio-blk-vhost-vdpa".to_owned());
+        }
         capabilities
+    }
+
+    /// Whether it is one for that QEMU: another may lack what it shows.
+    pub fn is_for(&self, qemu: &Recorded) -> bool {
+        self.said("only").iter().all(|version| version == qemu.version)
+    }
+
+    /// The devices of the case's host.
+    pub fn host_devices(&self) -> devices::host::HostFacts {
+        let vdpa = self.directives.iter().filter(|words| words[0] == "vdpa");
+        let scsi = ScsiTargets {
+            driver: !self.says("no-vhost-scsi"),
+            targets: (!self.says("no-configfs")).then(|| self.targets()),
+        };
+        devices::host::HostFacts {
+            vdpa: vdpa.map(|words| vdpa_device(words)).collect(),
+            scsi: Some(scsi),
+            ..devices::host::HostFacts::default()
+        }
+    }
+
+    fn targets(&self) -> std::collections::BTreeMap<String, Vec<ScsiGroup>> {
+        let targets = self.directives.iter().filter(|words| words[0] == "scsi-target");
+        let group = |word: &String| {
+            let (number, nexus) =
+                word.split_once(':').map_or((word.as_str(), true), |(number, _)| (number, false));
+            ScsiGroup { number: number.parse().expect("a group's number"), nexus }
+        };
+        targets.map(|words| (words[1].clone(), words[2..].iter().map(group).collect())).collect()
     }
 
     /// A file in the case's folder.
@@ -132,6 +171,28 @@ impl Case {
     /// `text` without the name of the folder.
     pub fn normal(&self, text: &str) -> String {
         text.replace(self.dir.path().to_str().expect("a temporary folder's name is ASCII"), "$DIR")
+    }
+}
+
+/// `vdpa NAME CLASS N|DRIVER BUS|software QUEUES [MAC]`
+fn vdpa_device(words: &[String]) -> HostVdpa {
+    let [_, name, class, place, bus, queues, mac @ ..] = words else {
+        panic!("{words:?}: name, class, number, bus and queues are wanted")
+    };
+    let node = place.parse::<u32>().ok().map(|number| format!("/dev/vhost-vdpa-{number}"));
+    HostVdpa {
+        name: name.clone(),
+        driver: Some(if node.is_some() { "vhost_vdpa".to_owned() } else { place.clone() }),
+        node,
+        class: match class.as_str() {
+            "net" => Some(VdpaClass::Net),
+            "blk" => Some(VdpaClass::Block),
+            "unknown" => None,
+            _ => Some(VdpaClass::Other),
+        },
+        in_software: bus == "software",
+        max_queues: queues.parse().ok(),
+        mac: mac.first().map(|mac| mac.parse().expect("a MAC address")),
     }
 }
 

@@ -39,6 +39,7 @@ fn draw(case: &Case, qemu: &Recorded) -> Drawn {
         &case.host(),
         &files,
         &case.store(),
+        case.host_devices(),
     );
     let mut blueprint = drawn.unwrap_or_else(|e| panic!("{} for QEMU {}: {e}", case.name, qemu.version));
     if own_uuid {
@@ -71,7 +72,7 @@ fn pairs(words: &[String]) -> Vec<[String; 2]> {
 
 fn host_of(case: &Case, vm: &VmName) -> HostFacts {
     let run_dir = case.files(vm).dir().to_string_lossy().into_owned();
-    HostFacts { run_dir, ..HostFacts::default() }
+    HostFacts { run_dir, ..case.host_devices() }
 }
 
 /// Plans anew with files that count as block devices: a real one would need root.
@@ -216,14 +217,18 @@ fn every_case_gives_what_is_expected() {
     let mut results = Vec::new();
     for name in names("cases") {
         let case = Case::read("cases", &name);
-        let (new, old) = (draw(&case, &QEMU_10_0), draw(&case, &QEMU_7_2));
+        let new = draw(&case, &QEMU_10_0);
         let mut check = |suffix: &str, text: Option<&str>| {
             results.push(compare(&folder("cases").join(format!("{name}.{suffix}")), text));
         };
         check("argv", Some(&new.argv_text));
         check("qmp", Some(&new.qmp_text));
-        check("argv.7.2", (old.argv_text != new.argv_text).then_some(&old.argv_text));
         check("snapshot", (!new.snapshot.is_empty()).then_some(&new.snapshot_text));
+        if !case.is_for(&QEMU_7_2) {
+            continue;
+        }
+        let old = draw(&case, &QEMU_7_2);
+        check("argv.7.2", (old.argv_text != new.argv_text).then_some(&old.argv_text));
         check("qmp.7.2", (old.qmp_text != new.qmp_text).then_some(&old.qmp_text));
     }
     all_good(results);
@@ -237,8 +242,16 @@ fn every_case_fits_both_schemas() {
         let schema = Schema::new(&qemu.schema);
         for name in names("cases") {
             let case = Case::read("cases", &name);
+            if !case.is_for(qemu) {
+                continue;
+            }
             let (drawn, capabilities) = (draw(&case, qemu), case.capabilities(qemu));
             let check = |command: &str, arguments: &Value| {
+                // Neither recorded QEMU was built with the library that this driver needs, so their schemas do not have it.
+                if command == "blockdev-add" && arguments["driver"] == "virtio-blk-vhost-vdpa" {
+                    assert!(!qemu.capabilities.block_drivers.contains("virtio-blk-vhost-vdpa"));
+                    return Ok(());
+                }
                 let checked = schema.command(command, arguments, &capabilities);
                 checked.map_err(|reason| format!("{name} for QEMU {}: {reason}", qemu.version))
             };

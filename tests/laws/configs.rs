@@ -3,13 +3,15 @@
 use devices::address::{Function, PciSeat, Slot};
 use devices::controller::{IothreadConfig, ScsiControllerConfig, VirtioSerialConfig};
 use devices::disk::{Aio, Cache, Discard, DiskBus, DiskConfig, Medium, ScsiWish};
-use devices::host::{Format, HostFacts, Layer};
+use devices::host::{Format, HostFacts, HostVdpa, Layer};
 use devices::id::Label;
 use devices::nic::NicConfig;
 use devices::port::{ChannelConfig, SerialConfig, SerialType};
 use devices::retry::{AtTimeout, EngineWish, ErrorPolicy, OnError};
 use devices::topology::Topology;
 use devices::units::{Mac, Millis};
+use devices::vdpa::{VdpaConfig, VdpaRef, VdpaType};
+use devices::vhost_scsi::VhostScsiConfig;
 use devices::{DeviceConfig, DeviceId, Layout, Moment, Placed, plan_machine};
 use proptest::option;
 use proptest::prelude::*;
@@ -163,6 +165,43 @@ fn port() -> impl Strategy<Value = DeviceConfig> {
     ]
 }
 
+/// A device of the host that one guest alone has.
+fn host_device() -> impl Strategy<Value = DeviceConfig> {
+    let vdpa = (option::weighted(0.3, id()), "[a-z]{1,3}", any::<bool>(), option::weighted(0.3, pci_seat()));
+    let scsi = (
+        option::weighted(0.3, id()),
+        "naa\\.5[0-9a-f]{15}",
+        option::of(1_u16..9),
+        option::weighted(0.3, pci_seat()),
+    );
+    prop_oneof![
+        vdpa.prop_map(|(id, name, nic, seat)| {
+            let kind = nic.then_some(VdpaType::Nic);
+            let device = VdpaRef::Name(name);
+            DeviceConfig::Vdpa(VdpaConfig {
+                id,
+                device,
+                kind,
+                queues: None,
+                mac: None,
+                bootindex: None,
+                seat,
+            })
+        }),
+        scsi.prop_map(|(id, wwpn, queues, seat)| {
+            let wwpn = wwpn.parse().expect("a target's name");
+            DeviceConfig::VhostScsi(VhostScsiConfig {
+                id,
+                wwpn,
+                boot_tpgt: None,
+                queues,
+                bootindex: None,
+                seat,
+            })
+        }),
+    ]
+}
+
 /// Any device.
 pub fn device() -> impl Strategy<Value = DeviceConfig> {
     let controller = (option::weighted(0.3, id()), option::weighted(0.3, pci_seat()), option::of(1_u16..9));
@@ -170,6 +209,7 @@ pub fn device() -> impl Strategy<Value = DeviceConfig> {
         5 => disk().prop_map(DeviceConfig::Disk),
         3 => nic().prop_map(DeviceConfig::Nic),
         2 => port(),
+        2 => host_device(),
         1 => option::of(id()).prop_map(|id| DeviceConfig::Iothread(IothreadConfig { id })),
         1 => controller.prop_map(|(id, seat, queues)| {
             DeviceConfig::ScsiController(ScsiControllerConfig { id, iothread: None, queues, seat })
@@ -195,6 +235,17 @@ pub fn host(devices: &[DeviceConfig]) -> HostFacts {
             block_device: path.len().is_multiple_of(5),
         };
         host.chains.insert(path.to_owned(), (0..=path.len() % 3).map(layer).collect());
+    }
+    for device in devices {
+        // Those that are asked for are there; of a target nothing is known.
+        if let DeviceConfig::Vdpa(VdpaConfig { device: VdpaRef::Name(name), .. }) = device {
+            host.vdpa.push(HostVdpa {
+                name: name.clone(),
+                node: Some("/dev/vhost-vdpa-0".to_owned()),
+                in_software: name.len() == 1,
+                ..HostVdpa::default()
+            });
+        }
     }
     host
 }
@@ -237,6 +288,8 @@ pub fn pinned(placed: &Placed) -> DeviceConfig {
             disk.scsi = Some(ScsiWish { controller, bus: Some(0), target, unit });
         }
         (DeviceConfig::Nic(nic), Some(Pci(seat))) => nic.seat = Some(seat.clone()),
+        (DeviceConfig::Vdpa(vdpa), Some(Pci(seat))) => vdpa.seat = Some(seat.clone()),
+        (DeviceConfig::VhostScsi(scsi), Some(Pci(seat))) => scsi.seat = Some(seat.clone()),
         (DeviceConfig::ScsiController(scsi), Some(Pci(seat))) => scsi.seat = Some(seat.clone()),
         (DeviceConfig::VirtioSerial(serial), Some(Pci(seat))) => serial.seat = Some(seat.clone()),
         _ => {}

@@ -21,7 +21,8 @@ fn argv_values(spec: &DeviceSpec) -> Vec<Value> {
 
 /// The arguments of the commands that have a JSON option as their twin.
 fn qmp_values(spec: &DeviceSpec) -> Vec<Value> {
-    let calls = spec.calls().into_iter().filter(|call| !matches!(call.execute, "getfd" | "chardev-add"));
+    let calls =
+        spec.calls().into_iter().filter(|call| !matches!(call.execute, "getfd" | "chardev-add" | "add-fd"));
     calls.map(|call| call.arguments).collect()
 }
 

@@ -89,6 +89,13 @@ impl Scene {
         self.guest.check(&script).expect("the guest reads its disk")
     }
 
+    /// Writes a text to the beginning of the disk with that serial number, past the guest's cache.
+    pub fn write_disk(&mut self, serial: &str, text: &str) {
+        let disk = self.disk(serial);
+        let script = format!("printf '{text}' | dd of=/dev/{disk} bs=512 conv=sync,fsync 2>/dev/null");
+        self.guest.check(&script).expect("the guest writes to its disk");
+    }
+
     /// The guest's name of the disk with that serial number.
     pub fn disk(&mut self, serial: &str) -> String {
         let seen = self.guest.inventory().expect("an inventory");
@@ -138,6 +145,24 @@ pub fn judge(test: impl Fn()) {
 /// lab host's does while it boots; seen once in some two hundred tests with QEMU 10.0.2, while a disk was plugged, on 2026-11-22. A fault of qvirt
 /// that silences a guest shows twice in a row.
 const SILENT: &str = "in vain for the end of agent inventory";
+
+/// Both QEMUs in the lab, one test each.
+#[macro_export]
+macro_rules! on_both_in_lab {
+    ($($(#[$about:meta])* $name:ident => $run:ident),+ $(,)?) => {$(
+        $(#[$about])*
+        mod $name {
+            #[test]
+            fn qemu_7_2() {
+                $crate::lab::inside(|| super::$run($crate::qemu::QemuVersion::V7_2));
+            }
+            #[test]
+            fn qemu_10_0() {
+                $crate::lab::inside(|| super::$run($crate::qemu::QemuVersion::V10_0));
+            }
+        }
+    )+};
+}
 
 /// Both QEMUs, one test each.
 #[macro_export]

@@ -4,18 +4,20 @@ use serde_json::json;
 
 use super::{Aio, Cache, Discard, DiskConfig};
 use crate::address::Address;
-use crate::host::{Access, Format, HostNeed, IoProxy, Layer};
+use crate::host::{Access, Format, HostNeed, HostVdpa, IoProxy, Layer};
 use crate::id::{DeviceId, Generation};
 use crate::retry::{Engine, Retry};
 use crate::spec::{Backend, DeviceSpec, Frontend, props};
 
-/// What a disk stands on.
+/// What a device stands on.
 #[derive(Debug, Default)]
 pub(crate) struct Storage {
     /// The layers of its image, top first; an empty CD-ROM drive has none.
     pub(crate) chain: Vec<Layer>,
     /// How it retries, if it does.
     pub(crate) retry: Option<Retry>,
+    /// The host's vDPA device.
+    pub(crate) vdpa: Option<HostVdpa>,
 }
 
 impl Storage {
@@ -63,7 +65,7 @@ impl DiskConfig {
         top: Generation,
         run_dir: &str,
     ) -> DeviceSpec {
-        let Storage { chain, retry } = storage;
+        let Storage { chain, retry, .. } = storage;
         let generation =
             |depth: usize| Generation(top.0.saturating_sub(u32::try_from(depth).unwrap_or(u32::MAX)));
         let mut backends = Vec::new();

@@ -27,8 +27,10 @@ pub(super) fn check(
     host: &HostFacts,
     qemu: &Capabilities,
 ) -> Result<Storage, Refusal> {
-    let mut retry = None;
+    let (mut retry, mut vdpa) = (None, None);
     match config {
+        DeviceConfig::Vdpa(device) => vdpa = Some(device.check(id, shared_memory, &host.vdpa, qemu)?.clone()),
+        DeviceConfig::VhostScsi(scsi) => scsi.check(id, host.scsi.as_ref())?,
         DeviceConfig::Disk(disk) => retry = disk.check(id, threaded, &host.run_dir, qemu)?,
         DeviceConfig::Nic(nic) => nic.check(id, shared_memory, qemu)?,
         DeviceConfig::Channel(channel) => channel.check(id, &host.run_dir)?,
@@ -60,7 +62,7 @@ pub(super) fn check(
         }
         None => Vec::new(),
     };
-    Ok(Storage { chain, retry })
+    Ok(Storage { chain, retry, vdpa })
 }
 
 pub(super) fn seat(config: &DeviceConfig) -> Option<Seat> {
@@ -71,6 +73,8 @@ pub(super) fn seat(config: &DeviceConfig) -> Option<Seat> {
         DeviceConfig::VirtioSerial(controller) => Seat::Pci(controller.seat.clone()),
         DeviceConfig::Serial(serial) => serial.seat(),
         DeviceConfig::Channel(_) => Seat::SerialPort { console: false },
+        DeviceConfig::Vdpa(vdpa) => Seat::Pci(vdpa.seat.clone()),
+        DeviceConfig::VhostScsi(scsi) => Seat::Pci(scsi.seat.clone()),
         DeviceConfig::Iothread(_) => return None,
     })
 }
@@ -86,6 +90,8 @@ pub(super) fn needs(
         DeviceConfig::Disk(disk) => disk.needs(id, storage, &host.run_dir),
         DeviceConfig::Nic(nic) => nic.needs(vm, id),
         DeviceConfig::Channel(channel) => channel.needs(id, &host.run_dir),
+        DeviceConfig::Vdpa(vdpa) => storage.vdpa.iter().flat_map(|device| vdpa.needs(id, device)).collect(),
+        DeviceConfig::VhostScsi(scsi) => scsi.needs(id),
         DeviceConfig::Serial(_)
         | DeviceConfig::ScsiController(_)
         | DeviceConfig::VirtioSerial(_)

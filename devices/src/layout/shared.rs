@@ -44,20 +44,22 @@ impl Layout {
     pub(super) fn assign(&self, id: &DeviceId, config: &mut DeviceConfig) -> Result<(), Refusal> {
         match config {
             DeviceConfig::Disk(disk) => disk.target = Some(self.label(id, disk)?),
-            DeviceConfig::Nic(nic) => {
-                let mac = nic.mac.unwrap_or_else(|| Mac::derived(&self.vm, id.as_str()));
-                if let Some(holder) = self.devices.iter().find(|d| d.mac() == Some(mac)) {
-                    return Err(Refusal::MacTaken {
-                        id: id.clone(),
-                        mac: mac.to_string(),
-                        holder: holder.id.clone(),
-                    });
-                }
-                nic.mac = Some(mac);
-            }
+            DeviceConfig::Nic(nic) => nic.mac = Some(self.mac(id, nic.mac)?),
+            DeviceConfig::Vdpa(vdpa) if vdpa.is_nic() => vdpa.mac = Some(self.mac(id, vdpa.mac)?),
             _ => {}
         }
         Ok(())
+    }
+
+    /// The address that was asked for, or the one that is derived, if no other device has it.
+    fn mac(&self, id: &DeviceId, wanted: Option<Mac>) -> Result<Mac, Refusal> {
+        let mac = wanted.unwrap_or_else(|| Mac::derived(&self.vm, id.as_str()));
+        match self.devices.iter().find(|d| d.mac() == Some(mac)) {
+            Some(holder) => {
+                Err(Refusal::MacTaken { id: id.clone(), mac: mac.to_string(), holder: holder.id.clone() })
+            }
+            None => Ok(mac),
+        }
     }
 
     fn label(&self, id: &DeviceId, disk: &DiskConfig) -> Result<Label, Refusal> {

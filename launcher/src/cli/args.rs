@@ -557,6 +557,12 @@ pub struct DeviceChoice {
     /// A virtio-scsi controller: id=scsi1,iothread=io1,queues=4
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub scsi_controller: Option<String>,
+    /// A vDPA device of the host: device=vdpa0 | device=/dev/vhost-vdpa-0, type=nic,queues=2
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub vdpa: Option<String>,
+    /// A vhost-scsi target of the host: wwpn=naa.5001405bd4e8dead
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub vhost_scsi: Option<String>,
 }
 
 /// Where a change applies.

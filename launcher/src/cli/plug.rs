@@ -156,6 +156,8 @@ fn chosen(choice: &DeviceChoice) -> Result<DeviceConfig, Problem> {
         ("channel", &choice.channel),
         ("iothread", &choice.iothread),
         ("scsi_controller", &choice.scsi_controller),
+        ("vdpa", &choice.vdpa),
+        ("vhost_scsi", &choice.vhost_scsi),
     ];
     let folder = std::env::current_dir()?;
     match (&choice.file, flags.into_iter().find_map(|(table, text)| Some((table, text.as_ref()?)))) {

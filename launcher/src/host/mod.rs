@@ -1,6 +1,7 @@
 //! The host's side of devices: interfaces, switches, vhost nodes, and meeting what a device needs of them; huge pages for the memory; and what PCI and
-//! USB devices there are.
+//! USB devices, vDPA devices and targets of vhost-scsi there are.
 
+pub mod genl;
 pub mod io_proxy;
 pub mod link;
 pub mod names;
@@ -8,7 +9,9 @@ pub mod need;
 pub mod ovs;
 pub mod pages;
 pub mod pci;
+pub mod scsi_target;
 pub mod sysfs;
 pub mod tap;
 pub mod usb;
+pub mod vdpa;
 pub mod vhost;

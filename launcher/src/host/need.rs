@@ -16,7 +16,9 @@ use thiserror::Error;
 use super::io_proxy;
 use super::link::{self, BadLinkName, LinkError, LinkName};
 use super::ovs::{NewPort, Ovs, OvsError};
+use super::scsi_target::{self, ScsiTargetError};
 use super::tap::{self, Create, TapError};
+use super::vdpa::{self, VdpaError};
 use super::vhost::{VhostError, open_vhost_net};
 use crate::folders::VmName;
 use crate::lease::{Holder, LeaseError, LeaseKey, Leases, Mode, look};
@@ -53,6 +55,12 @@ pub enum NeedError {
     /// vhost-net.
     #[error(transparent)]
     Vhost(#[from] VhostError),
+    /// vDPA.
+    #[error(transparent)]
+    Vdpa(#[from] VdpaError),
+    /// vhost-scsi.
+    #[error(transparent)]
+    VhostScsi(#[from] ScsiTargetError),
     /// Something that is no socket lies where QEMU would make one, and QEMU would remove it.
     #[error("{} exists and is no socket: move it away, or give the channel another `path`", path.display())]
     NoSocket {
@@ -130,6 +138,16 @@ impl Host {
                 Ok(descriptors.iter().cloned().zip(opened).collect())
             }
             HostNeed::Socket { path } => socket_is_free(Path::new(path)).map(|()| Vec::new()),
+            HostNeed::Vdpa { name, node, descriptor } => {
+                self.lease_exclusively(id, LeaseKey::Vdpa { name: name.clone() }, name)?;
+                let opened =
+                    descriptor.iter().map(|descriptor| Ok((descriptor.clone(), vdpa::open(name, node)?)));
+                opened.collect()
+            }
+            HostNeed::VhostScsi { wwpn, descriptor } => {
+                self.lease_exclusively(id, LeaseKey::VhostScsi { wwpn: wwpn.clone() }, wwpn)?;
+                Ok(vec![(descriptor.clone(), scsi_target::open()?)])
+            }
             HostNeed::IoProxy(plan) => {
                 let log = self.state_dir.join(format!("{id}-io-proxy.log"));
                 io_proxy::start(id, plan, &log).map(|()| Vec::new())
@@ -141,7 +159,9 @@ impl Host {
     pub fn give_back(&self, id: &DeviceId, need: &HostNeed) -> Result<(), NeedError> {
         match need {
             // By holder, not by path: the image may have been renamed or removed meanwhile.
-            HostNeed::Image { .. } => Ok(self.leases.release_device(&self.vm, &self.run_dir, id.as_str())?),
+            HostNeed::Image { .. } | HostNeed::Vdpa { .. } | HostNeed::VhostScsi { .. } => {
+                Ok(self.leases.release_device(&self.vm, &self.run_dir, id.as_str())?)
+            }
             HostNeed::Tap { name, switch: Some(switch), .. } if switch.openvswitch => {
                 match Ovs::default().del_port(&name.parse()?, self.vm.as_str()) {
                     // Without the client there is no port of ours either: it is what adds them.
@@ -181,6 +201,12 @@ impl Host {
         let mode = if access == Access::Write { Mode::Exclusive } else { Mode::Shared };
         let holder = Holder::new(&self.vm, &self.run_dir, id.as_str(), path);
         Ok(self.leases.acquire(&key, mode, holder, look)?)
+    }
+
+    /// Leases a device of the host that one guest alone can have.
+    fn lease_exclusively(&self, id: &DeviceId, key: LeaseKey, name: &str) -> Result<(), NeedError> {
+        let holder = Holder::new(&self.vm, &self.run_dir, id.as_str(), name);
+        Ok(self.leases.acquire(&key, Mode::Exclusive, holder, look)?)
     }
 
     fn plug(

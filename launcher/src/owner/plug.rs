@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use devices::host::HostFacts;
-use devices::{DeviceId, Moment, Placed, plan};
+use devices::{DeviceConfig, DeviceId, Moment, Placed, plan};
 use qmp_client::QmpError;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -19,6 +19,7 @@ use super::media::Changed;
 use super::snapshot::Taken;
 use super::{Finished, Owner, Reply, not_now};
 use crate::examine::{Question, examine};
+use crate::host::{scsi_target, vdpa};
 use crate::launch::images;
 use crate::record::{Entry, Stage};
 use crate::request::{
@@ -161,7 +162,14 @@ impl Owner {
         let (run_dir, store) = (host.run_dir.clone(), host.store());
         let mut facts = HostFacts { run_dir: run_dir.to_string_lossy().into_owned(), ..HostFacts::default() };
         let Some(question) = Question::of(&attach.device, &store) else {
-            return self.queue.push_front(Job::Attach(attach, facts, reply));
+            if !matches!(attach.device, DeviceConfig::Vdpa(_) | DeviceConfig::VhostScsi(_)) {
+                return self.queue.push_front(Job::Attach(attach, facts, reply));
+            }
+            self.jobs.spawn(async move {
+                let facts = with_devices(facts, attach.device.clone()).await;
+                Finished::Facts(attach, facts, reply)
+            });
+            return;
         };
         self.jobs.spawn(async move {
             let answer =
@@ -281,9 +289,8 @@ impl Owner {
 
     fn arrived(&mut self, parts: &[Placed], reply: Reply) {
         // A console's pty and a disk's capacity are known only now.
-        let mut ask = parts.iter().any(|part| {
-            matches!(part.config, devices::DeviceConfig::Serial(_) | devices::DeviceConfig::Disk(_))
-        });
+        let mut ask =
+            parts.iter().any(|part| matches!(part.config, DeviceConfig::Serial(_) | DeviceConfig::Disk(_)));
         self.outdated = true;
         for part in parts {
             info!(device = %part.id, address = ?part.address.as_ref().map(ToString::to_string), "attached");
@@ -472,6 +479,16 @@ impl Owner {
         self.on_farewell_time(now);
         self.on_io_time(now);
     }
+}
+
+/// Adds what is known of the host's devices that a device wants; the kernel may be busy with one.
+async fn with_devices(mut facts: HostFacts, device: DeviceConfig) -> Result<HostFacts, Failure> {
+    let learning = tokio::task::spawn_blocking(move || {
+        vdpa::learn(&mut facts, [&device]);
+        scsi_target::learn(&mut facts, [&device]);
+        facts
+    });
+    learning.await.map_err(|error| Failure::of(Class::Generic, &error))
 }
 
 fn answer_all(departure: Departure, outcome: &Detached) {
