@@ -74,6 +74,23 @@ pub struct HostVdpa {
     pub mac: Option<Mac>,
 }
 
+impl HostVdpa {
+    /// Whether a management device is none of hardware, which is on a bus: `pci/0000:08:01.1`.
+    pub fn is_in_software(mgmtdev: &str) -> bool {
+        !mgmtdev.contains('/')
+    }
+}
+
+/// A vDPA device that is to be made.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewVdpa {
+    /// What makes it: `pci/0000:08:01.1`, `vduse`.
+    pub mgmtdev: String,
+    /// Of a network device: its address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<Mac>,
+}
+
 /// The targets of vhost-scsi.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ScsiTargets {
@@ -140,10 +157,13 @@ pub enum HostNeed {
     Vdpa {
         /// Its name on the vDPA bus.
         name: String,
-        /// Its char device.
-        node: String,
+        /// Its char device; unknown of one that is to be made.
+        node: Option<String>,
         /// Name of the descriptor, unless QEMU opens it itself.
         descriptor: Option<String>,
+        /// How it is made, if it is not there; it is deleted again with the guest's device.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        make: Option<NewVdpa>,
     },
     /// A target of vhost-scsi: leased host-wide, `/dev/vhost-scsi` opened by the launcher.
     VhostScsi {

@@ -6,6 +6,7 @@
 //! | `nic` | `-netdev vhost-vdpa` and `virtio-net-pci` | QEMU's virtio-net, its values from the host device |
 //! | `disk` | block driver `virtio-blk-vhost-vdpa` and `virtio-blk-pci` | QEMU's virtio-blk |
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
@@ -15,7 +16,7 @@ use thiserror::Error;
 
 use crate::address::{Address, PciSeat};
 use crate::capabilities::Capabilities;
-use crate::host::{HostNeed, HostVdpa, VdpaClass};
+use crate::host::{HostNeed, HostVdpa, NewVdpa, VdpaClass};
 use crate::id::{DeviceId, Generation};
 use crate::refusal::Refusal;
 use crate::spec::{Backend, Descriptors, DeviceSpec, Fdset, Frontend, Netdev, props};
@@ -106,6 +107,9 @@ pub struct VdpaConfig {
     /// Default: `generic`.
     #[serde(default, rename = "type", skip_serializing_if = "Option::is_none")]
     pub kind: Option<VdpaType>,
+    /// The management device that makes it, if it is not there: `pci/0000:08:01.1`. It is deleted again with the guest's device.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mgmtdev: Option<String>,
     /// Queues of a disk, queue pairs of a NIC. Default: 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u16>,
@@ -180,7 +184,7 @@ impl VdpaConfig {
         shared_memory: bool,
         host: &'a [HostVdpa],
         qemu: &Capabilities,
-    ) -> Result<&'a HostVdpa, Refusal> {
+    ) -> Result<Cow<'a, HostVdpa>, Refusal> {
         let kind = self.kind();
         let misplaced = |key, with, next| Err(Refusal::Misplaced { id: id.clone(), key, with, next });
         if self.queues.is_some() && kind == VdpaType::Generic {
@@ -201,10 +205,38 @@ impl VdpaConfig {
             let (value, rule) = (queues.to_string(), "write 1 to 256".to_owned());
             return Err(Refusal::Value { id: id.clone(), key: "queues", value, rule });
         }
+        if let Some(mgmtdev) = &self.mgmtdev {
+            let fits =
+                !mgmtdev.is_empty() && !mgmtdev.contains(|c: char| c.is_whitespace() || c.is_control());
+            if !fits {
+                let rule =
+                    "write it as `qvirt host vdpa mgmtdevs` lists it, such as pci/0000:08:01.1".to_owned();
+                return Err(Refusal::Value {
+                    id: id.clone(),
+                    key: "mgmtdev",
+                    value: format!("{mgmtdev:?}"),
+                    rule,
+                });
+            }
+            if matches!(self.device, VdpaRef::Node(_)) {
+                return misplaced(
+                    "mgmtdev",
+                    "a char device",
+                    "what is to be made is named: device = \"vdpa0\"",
+                );
+            }
+            if kind == VdpaType::Disk {
+                return misplaced(
+                    "mgmtdev",
+                    "type = \"disk\"",
+                    "make it before, by `qvirt host vdpa add`, or leave `type` out",
+                );
+            }
+        }
         let refuse = |source| Refusal::Vdpa { id: id.clone(), source };
         self.probe(qemu, host).map_err(refuse)?;
         let device = self.find(host).map_err(refuse)?;
-        self.suits(device).map_err(refuse)?;
+        self.suits(&device).map_err(refuse)?;
         if device.in_software && !shared_memory {
             let what = "a vDPA device in software (VDUSE)";
             return Err(Refusal::PrivateMemory { id: id.clone(), what });
@@ -238,17 +270,21 @@ impl VdpaConfig {
         }
     }
 
-    fn find<'a>(&self, host: &'a [HostVdpa]) -> Result<&'a HostVdpa, VdpaError> {
-        let device = host.iter().find(|device| self.device.is(device)).ok_or_else(|| {
-            let known: Vec<&str> = host.iter().map(|device| device.name.as_str()).collect();
-            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-            VdpaError::NoDevice { device: self.device.clone(), known }
-        })?;
+    fn find<'a>(&self, host: &'a [HostVdpa]) -> Result<Cow<'a, HostVdpa>, VdpaError> {
+        let Some(device) = host.iter().find(|device| self.device.is(device)) else {
+            let (VdpaRef::Name(name), Some(mgmtdev)) = (&self.device, &self.mgmtdev) else {
+                let known: Vec<&str> = host.iter().map(|device| device.name.as_str()).collect();
+                let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+                return Err(VdpaError::NoDevice { device: self.device.clone(), known });
+            };
+            let in_software = HostVdpa::is_in_software(mgmtdev);
+            return Ok(Cow::Owned(HostVdpa { name: name.clone(), in_software, ..HostVdpa::default() }));
+        };
         if device.node.is_none() {
             let driver = device.driver.clone().unwrap_or_else(|| "no driver".to_owned());
             return Err(VdpaError::NoNode { name: device.name.clone(), driver });
         }
-        Ok(device)
+        Ok(Cow::Borrowed(device))
     }
 
     /// Whether the device is what the type says.
@@ -289,11 +325,11 @@ impl VdpaConfig {
     pub(crate) fn needs(&self, id: &DeviceId, device: &HostVdpa) -> Vec<HostNeed> {
         // The block driver opens the char device itself, through a library.
         let descriptor = (self.kind() != VdpaType::Disk).then(|| Self::descriptor(id));
-        vec![HostNeed::Vdpa {
-            name: device.name.clone(),
-            node: device.node.clone().unwrap_or_default(),
-            descriptor,
-        }]
+        let new = self.mgmtdev.clone().filter(|_| device.node.is_none());
+        // What is served in software has the address that its server gave it.
+        let mac = self.mac.filter(|_| !device.in_software);
+        let make = new.map(|mgmtdev| NewVdpa { mgmtdev, mac });
+        vec![HostNeed::Vdpa { name: device.name.clone(), node: device.node.clone(), descriptor, make }]
     }
 
     /// The device as QEMU's objects. `set` is the number of a descriptor set that no other device has.

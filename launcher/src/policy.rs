@@ -32,9 +32,10 @@ pub fn judge(name: &str, arguments: &Value, status: &Status) -> Result<Verdict, 
     let ours = |key: &str| owner_of(text(key), status);
     match name {
         "quit" => refuse(format!("quit is refused: use `qvirt shutdown {vm}` or `qvirt kill {vm}`", vm = status.vm)),
-        "migrate" | "migrate-incoming" => {
-            refuse(format!("{name} is refused: the leases and the journal of this VM would not go along"))
-        }
+        "migrate" | "migrate-incoming" => match tied_to_this_host(status) {
+            Some(device) => refuse(format!("{name} is refused: {device} of this host, whose state would not go along: detach it first")),
+            None => refuse(format!("{name} is refused: the leases and the journal of this VM would not go along")),
+        },
         "device_del" => match ours("id") {
             Some(id) => refuse(format!("device {id} was made by qvirt: use `qvirt detach {} {id}`", status.vm)),
             None => Ok(Verdict::Change),
@@ -54,6 +55,15 @@ pub fn judge(name: &str, arguments: &Value, status: &Status) -> Result<Verdict, 
         }
         _ => Ok(Verdict::Change),
     }
+}
+
+/// The first device that is one of the host itself, with what it is.
+fn tied_to_this_host(status: &Status) -> Option<String> {
+    let kinds = [("vdpa", "a vDPA device"), ("vhost_scsi", "a vhost-scsi target")];
+    status.devices.iter().find_map(|device| {
+        let (_, what) = kinds.iter().find(|(kind, _)| *kind == device.kind)?;
+        Some(format!("device {} is {what}", device.id))
+    })
 }
 
 /// Commands that change which nodes a disk stands on. `qom-set` of a `drive` is not among them: it is how a node is swapped for another while

@@ -13,6 +13,7 @@ use crate::scene::{bare_on, start_paused};
 /// A command, the members of its arguments that are sent, and those of its result (of each item, if it is a list) that are read. Dots lead
 /// into objects.
 const COMMANDS: &[(&str, &[&str], &[&str])] = &[
+    ("add-fd", &["fdset-id", "opaque"], &[]),
     (
         "blockdev-add",
         &["driver", "node-name", "read-only", "auto-read-only", "cache.direct", "cache.no-flush", "discard"],
@@ -46,6 +47,7 @@ const COMMANDS: &[(&str, &[&str], &[&str])] = &[
     ("netdev_del", &["id"], &[]),
     ("object-add", &["qom-type", "id"], &[]),
     ("object-del", &["id"], &[]),
+    ("remove-fd", &["fdset-id"], &[]),
     ("qmp_capabilities", &["enable"], &[]),
     ("qom-get", &["path", "property"], &[]),
     ("qom-list", &["path"], &["name", "type"]),

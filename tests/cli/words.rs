@@ -41,7 +41,7 @@ const COMMANDS: [(&str, &[&str]); 32] = [
     ),
     ("media", &["<VM>", "<DRIVE>", "insert", "eject"]),
     ("detach", &["--live", "--config", "--wait", "--json"]),
-    ("host", &["pci", "iommu", "usb"]),
+    ("host", &["pci", "iommu", "usb", "vdpa"]),
     ("blocks", &["<VM>", "--json"]),
     ("chain", &["check"]),
     ("block", &["resize"]),

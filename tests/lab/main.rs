@@ -4,7 +4,7 @@
 //! `host` proves that the lab has what it names, `inventory` that qvirt lists it, `storage` and `disks`, `network`, `memory` and `owner` are qvirt's own commands, `outages` disks that
 //! retry while real storage fails, `sectors` and `sticks` such disks on bad and pulled disks of the host, `suspension` disks on storage that hangs,
 //! `forbidden` what a disk that hangs beside one that fails forbids, `pieces` the devices that QEMU is given by plain QMP, `images` what
-//! makes the images, `shell` the shell for people, `troubles` what happens where there can be no lab. `vdpa` and `vhost_scsi` are devices of the host that
+//! makes the images, `shell` the shell for people, `troubles` what happens where there can be no lab. `vdpa`, `vdpa_host` and `vhost_scsi` are devices of the host that
 //! qvirt passes through, `system_disks` the guest that boots from them, `sweep` the failing of each step.
 
 mod disks;
@@ -26,4 +26,5 @@ mod sweep;
 mod system_disks;
 mod troubles;
 mod vdpa;
+mod vdpa_host;
 mod vhost_scsi;

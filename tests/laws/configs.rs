@@ -182,6 +182,7 @@ fn host_device() -> impl Strategy<Value = DeviceConfig> {
                 id,
                 device,
                 kind,
+                mgmtdev: None,
                 queues: None,
                 mac: None,
                 bootindex: None,
@@ -206,10 +207,11 @@ fn host_device() -> impl Strategy<Value = DeviceConfig> {
 pub fn device() -> impl Strategy<Value = DeviceConfig> {
     let controller = (option::weighted(0.3, id()), option::weighted(0.3, pci_seat()), option::of(1_u16..9));
     prop_oneof![
-        5 => disk().prop_map(DeviceConfig::Disk),
-        3 => nic().prop_map(DeviceConfig::Nic),
-        2 => port(),
-        2 => host_device(),
+        // Boxed, since a test thread has a small stack and what stands here would all be on it.
+        5 => disk().prop_map(DeviceConfig::Disk).boxed(),
+        3 => nic().prop_map(DeviceConfig::Nic).boxed(),
+        2 => port().boxed(),
+        2 => host_device().boxed(),
         1 => option::of(id()).prop_map(|id| DeviceConfig::Iothread(IothreadConfig { id })),
         1 => controller.prop_map(|(id, seat, queues)| {
             DeviceConfig::ScsiController(ScsiControllerConfig { id, iothread: None, queues, seat })

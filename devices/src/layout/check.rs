@@ -29,7 +29,9 @@ pub(super) fn check(
 ) -> Result<Storage, Refusal> {
     let (mut retry, mut vdpa) = (None, None);
     match config {
-        DeviceConfig::Vdpa(device) => vdpa = Some(device.check(id, shared_memory, &host.vdpa, qemu)?.clone()),
+        DeviceConfig::Vdpa(device) => {
+            vdpa = Some(device.check(id, shared_memory, &host.vdpa, qemu)?.into_owned())
+        }
         DeviceConfig::VhostScsi(scsi) => scsi.check(id, host.scsi.as_ref())?,
         DeviceConfig::Disk(disk) => retry = disk.check(id, threaded, &host.run_dir, qemu)?,
         DeviceConfig::Nic(nic) => nic.check(id, shared_memory, qemu)?,

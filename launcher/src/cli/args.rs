@@ -9,6 +9,7 @@ use devices::host::Format;
 use devices::retry::AtTimeout;
 use devices::units::{Millis, Size};
 
+use super::vdpa::Vdpa;
 use crate::folders::VmName;
 use crate::host::pci::Class;
 use crate::snapshot::SnapshotName;
@@ -231,6 +232,14 @@ pub enum Host {
         follow: bool,
         /// Print JSON; of what comes and goes an object a line
         #[arg(long)]
+        json: bool,
+    },
+    /// vDPA devices: show them and who holds them, make and delete them
+    Vdpa {
+        #[command(subcommand)]
+        command: Option<Vdpa>,
+        /// Print JSON
+        #[arg(long, global = true)]
         json: bool,
     },
     /// List IOMMU groups: their members, whether they can be given to a VM, and if not, which member is in the way

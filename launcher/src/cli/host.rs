@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tracing::warn;
 
 use super::args::Host;
+use super::vdpa::vdpa;
 use super::{Exit, Problem, print};
 use crate::folders::{Folders, VmName};
 use crate::host::names::Names;
@@ -35,6 +36,7 @@ pub async fn host(command: Host) -> Result<Exit, Problem> {
     match command {
         Host::Pci { class, vfs, json } => pci(class, vfs, json),
         Host::Iommu { group, json } => iommu(group, json),
+        Host::Vdpa { command, json } => vdpa(command, json),
         Host::Usb { follow, json } => {
             // From before the list, so that nothing is missed in between.
             let word = if follow { Some(Uevents::listen()?) } else { None };
@@ -199,17 +201,20 @@ fn names_of<'a>(devices: impl Iterator<Item = &'a PciDevice>) -> Names {
     Names::of("pci.ids", devices.map(|device| (device.vendor, device.device)))
 }
 
-fn dash(value: Option<impl ToString>) -> String {
+pub(super) fn dash(value: Option<impl ToString>) -> String {
     value.map_or_else(|| "-".to_owned(), |value| value.to_string())
 }
 
 /// Who has which node open: a VM of this user by its name, else the process. Others' processes are seen by root only.
-struct Holders(BTreeMap<PathBuf, String>);
+pub(super) struct Holders(BTreeMap<PathBuf, String>);
 
 impl Holders {
-    fn find() -> Result<Holders, Problem> {
+    pub(super) fn find() -> Result<Holders, Problem> {
         let vms = qemus(&Folders::find()?)?;
-        let is_wanted = |node: &Path| node.starts_with("/dev/vfio") || node.starts_with("/dev/bus/usb");
+        let is_wanted = |node: &Path| {
+            let is_vdpa = node.to_str().is_some_and(|node| node.starts_with("/dev/vhost-vdpa-"));
+            is_vdpa || node.starts_with("/dev/vfio") || node.starts_with("/dev/bus/usb")
+        };
         let nodes = users::open_files().filter(|(_, node)| is_wanted(node));
         let name = |pid: u32| vms.get(&pid).map_or_else(|| users::name(pid), |vm| format!("VM {vm}"));
         Ok(Holders(nodes.map(|(pid, node)| (node, name(pid))).collect()))
@@ -220,7 +225,7 @@ impl Holders {
         self.of(&format!("/dev/vfio/{}", group?))
     }
 
-    fn of(&self, node: &str) -> Option<&str> {
+    pub(super) fn of(&self, node: &str) -> Option<&str> {
         self.0.get(Path::new(node)).map(String::as_str)
     }
 }

@@ -1,8 +1,8 @@
 //! The command line: what each command is called, what it takes, what it prints, and its exit code.
 //!
 //! Commands on a running VM are clients of its control socket, like any other QMP client. `args` has the words, `run` owns a VM,
-//! `live` asks owners, `stored` keeps configs, `host` asks this machine, `plug` does attach and detach on either, `proxy` serves one image,
-//! `snapshot` and `blocks` have the chains of images.
+//! `live` asks owners, `stored` keeps configs, `host` asks this machine, `vdpa` its vDPA devices, `plug` does attach and detach on either, `proxy`
+//! serves one image, `snapshot` and `blocks` have the chains of images.
 
 mod args;
 mod blocks;
@@ -21,6 +21,7 @@ mod run;
 mod snapshot;
 mod stored;
 mod target;
+mod vdpa;
 
 use std::process::ExitCode;
 
@@ -106,14 +107,12 @@ impl From<crate::blueprint::BlueprintError> for Problem {
 
 impl From<crate::launch::LaunchError> for Problem {
     fn from(error: crate::launch::LaunchError) -> Problem {
-        use crate::host::need::NeedError;
         use crate::launch::Cause;
-        let held = matches!(
-            &error.cause,
-            Cause::Owned { .. }
-                | Cause::Alive { .. }
-                | Cause::Need { source: NeedError::Lease(crate::lease::LeaseError::Held { .. }), .. }
-        );
+        let held = match &error.cause {
+            Cause::Owned { .. } | Cause::Alive { .. } => true,
+            Cause::Need { source, .. } => source.is_refusal(),
+            _ => false,
+        };
         // The causes are part of its text already.
         Problem::new(if held { Exit::Refused } else { Exit::Failed }, &error)
     }

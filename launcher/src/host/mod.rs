@@ -14,4 +14,5 @@ pub mod sysfs;
 pub mod tap;
 pub mod usb;
 pub mod vdpa;
+pub mod vendor_driver;
 pub mod vhost;

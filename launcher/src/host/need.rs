@@ -18,7 +18,7 @@ use super::link::{self, BadLinkName, LinkError, LinkName};
 use super::ovs::{NewPort, Ovs, OvsError};
 use super::scsi_target::{self, ScsiTargetError};
 use super::tap::{self, Create, TapError};
-use super::vdpa::{self, VdpaError};
+use super::vdpa::{self, NewDevice, VdpaError};
 use super::vhost::{VhostError, open_vhost_net};
 use crate::folders::VmName;
 use crate::lease::{Holder, LeaseError, LeaseKey, Leases, Mode, look};
@@ -109,6 +109,19 @@ pub enum NeedError {
     },
 }
 
+impl NeedError {
+    /// Whether somebody else has the thing: nothing was tried then.
+    pub fn is_refusal(&self) -> bool {
+        use LeaseError::Held;
+        use VdpaError::{Busy, Exists, InUse, NoMgmtdev};
+        matches!(
+            self,
+            NeedError::Lease(Held { .. })
+                | NeedError::Vdpa(Busy { .. } | Exists { .. } | InUse { .. } | NoMgmtdev { .. })
+        )
+    }
+}
+
 /// A descriptor with the name under which QEMU gets to know it.
 pub type Named = (String, OwnedFd);
 
@@ -138,11 +151,18 @@ impl Host {
                 Ok(descriptors.iter().cloned().zip(opened).collect())
             }
             HostNeed::Socket { path } => socket_is_free(Path::new(path)).map(|()| Vec::new()),
-            HostNeed::Vdpa { name, node, descriptor } => {
-                self.lease_exclusively(id, LeaseKey::Vdpa { name: name.clone() }, name)?;
-                let opened =
-                    descriptor.iter().map(|descriptor| Ok((descriptor.clone(), vdpa::open(name, node)?)));
-                opened.collect()
+            HostNeed::Vdpa { name, node, descriptor, make } => {
+                let key = LeaseKey::Vdpa { name: name.clone() };
+                self.lease_exclusively(id, key.clone(), name)?;
+                if let Some(new) = make
+                    && let Err(error) = vdpa::add(&NewDevice::wanted(new, name))
+                {
+                    // Without the lease what is there is not taken for ours, and stays.
+                    self.leases.release(&key, &self.vm, id.as_str())?;
+                    return Err(error.into());
+                }
+                let open = |descriptor: &String| Ok((descriptor.clone(), vdpa::open(name, node.as_deref())?));
+                descriptor.iter().map(open).collect()
             }
             HostNeed::VhostScsi { wwpn, descriptor } => {
                 self.lease_exclusively(id, LeaseKey::VhostScsi { wwpn: wwpn.clone() }, wwpn)?;
@@ -159,7 +179,17 @@ impl Host {
     pub fn give_back(&self, id: &DeviceId, need: &HostNeed) -> Result<(), NeedError> {
         match need {
             // By holder, not by path: the image may have been renamed or removed meanwhile.
-            HostNeed::Image { .. } | HostNeed::Vdpa { .. } | HostNeed::VhostScsi { .. } => {
+            HostNeed::Vdpa { name, make, .. } => {
+                let key = LeaseKey::Vdpa { name: name.clone() };
+                let ours = self.leases.held_by(&self.vm, &self.run_dir)?;
+                let is_ours =
+                    ours.iter().any(|(held, _, holder)| *held == key && holder.device == id.as_str());
+                if let Some(new) = make.as_ref().filter(|_| is_ours) {
+                    vdpa::delete_made(name, &new.mgmtdev)?;
+                }
+                Ok(self.leases.release(&key, &self.vm, id.as_str())?)
+            }
+            HostNeed::Image { .. } | HostNeed::VhostScsi { .. } => {
                 Ok(self.leases.release_device(&self.vm, &self.run_dir, id.as_str())?)
             }
             HostNeed::Tap { name, switch: Some(switch), .. } if switch.openvswitch => {

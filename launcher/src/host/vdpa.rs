@@ -8,9 +8,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use devices::DeviceConfig;
-use devices::host::{HostFacts, HostVdpa, VdpaClass};
+use devices::host::{HostFacts, HostVdpa, NewVdpa, VdpaClass};
 use devices::units::Mac;
 use serde::Serialize;
 use thiserror::Error;
@@ -41,6 +42,9 @@ const MAX_PAIRS: u16 = 12;
 const MTU: u16 = 13;
 const MGMTDEV_QUEUES: u16 = 15;
 
+/// How long the char device of a new device may take: the kernel makes it at once, udev may take it away for a moment.
+const APPEARING: Duration = Duration::from_secs(2);
+
 /// Why something could not be done with vDPA devices.
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
@@ -55,6 +59,10 @@ pub enum VdpaError {
     NoDevice { name: String },
     #[error("there is no vDPA management device {name}: this host has {known}")]
     NoMgmtdev { name: String, known: String },
+    #[error(
+        "there is a vDPA device {name} already: choose another name, or delete it (`qvirt host vdpa del {name}`)"
+    )]
+    Exists { name: String },
     #[error("vDPA device {name} is used by {holder}: detach it there first")]
     InUse { name: String, holder: String },
     #[error("{} of vDPA device {name} does not exist: `modprobe vhost_vdpa`, and see that the driver has the device (`qvirt host vdpa show`)", node.display())]
@@ -223,8 +231,7 @@ impl VdpaDevice {
                 "blk" => VdpaClass::Block,
                 _ => VdpaClass::Other,
             }),
-            // What hardware makes is on a bus: `pci/0000:08:01.1`.
-            in_software: !self.mgmtdev.contains('/'),
+            in_software: HostVdpa::is_in_software(&self.mgmtdev),
             max_queues: self.max_queues.and_then(|queues| queues.try_into().ok()),
             mac: self.mac,
         }
@@ -243,18 +250,21 @@ pub fn learn<'a>(facts: &mut HostFacts, wanted: impl IntoIterator<Item = &'a Dev
     }
 }
 
+impl NewDevice {
+    /// What a VM wants, under that name.
+    pub fn wanted(new: &NewVdpa, name: &str) -> NewDevice {
+        let (name, mgmtdev) = (name.to_owned(), new.mgmtdev.clone());
+        NewDevice { name, mgmtdev, mac: new.mac, max_pairs: None, mtu: None }
+    }
+}
+
 /// Makes a device. Inverse: [`delete`].
 ///
 /// # Errors
 /// The kernel's, or there is no such management device.
 pub fn add(new: &NewDevice) -> Result<(), VdpaError> {
     let family = family()?.ok_or(VdpaError::NoVdpa)?;
-    let known = mgmtdevs()?;
-    if !known.iter().any(|mgmtdev| mgmtdev.name == new.mgmtdev) {
-        let known: Vec<String> = known.into_iter().map(|mgmtdev| mgmtdev.name).collect();
-        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-        return Err(VdpaError::NoMgmtdev { name: new.mgmtdev.clone(), known });
-    }
+    is_free(new, false)?;
     let (bus, name) = match new.mgmtdev.split_once('/') {
         Some((bus, name)) => (Some(bus), name),
         None => (None, new.mgmtdev.as_str()),
@@ -266,6 +276,23 @@ pub fn add(new: &NewDevice) -> Result<(), VdpaError> {
     attributes.extend(new.mtu.map(|mtu| Attribute::bytes(MTU, &mtu.to_ne_bytes())));
     let step = format!("make vDPA device {} at {}", new.name, new.mgmtdev);
     family.change(NEW_DEVICE, &attributes).map_err(kernel(step))
+}
+
+/// Whether there is a management device for it and no device of its name. `to_come` is that the management device need not be there yet.
+///
+/// # Errors
+/// What speaks against it.
+pub fn is_free(new: &NewDevice, to_come: bool) -> Result<(), VdpaError> {
+    let known = mgmtdevs()?;
+    if !to_come && !known.iter().any(|mgmtdev| mgmtdev.name == new.mgmtdev) {
+        let known: Vec<String> = known.into_iter().map(|mgmtdev| mgmtdev.name).collect();
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        return Err(VdpaError::NoMgmtdev { name: new.mgmtdev.clone(), known });
+    }
+    match devices(&Sysfs::default())?.iter().any(|device| device.name == new.name) {
+        true => Err(VdpaError::Exists { name: new.name.clone() }),
+        false => Ok(()),
+    }
 }
 
 /// Deletes a device.
@@ -283,11 +310,41 @@ pub fn delete(name: &str) -> Result<(), VdpaError> {
     family.change(DELETE_DEVICE, &[Attribute::text(NAME, name)]).map_err(kernel(step))
 }
 
-/// Opens a device's char device for QEMU.
+/// Deletes a device that was made for a VM, if there is one of that name and that management device.
+///
+/// # Errors
+/// As [`delete`].
+pub fn delete_made(name: &str, mgmtdev: &str) -> Result<(), VdpaError> {
+    let found = devices(&Sysfs::default())?;
+    match found.iter().any(|device| device.name == name && device.mgmtdev == mgmtdev) {
+        true => delete(name),
+        false => Ok(()),
+    }
+}
+
+/// The char device of a device that was just made.
+fn node_of(name: &str) -> Result<String, VdpaError> {
+    let until = Instant::now() + APPEARING;
+    loop {
+        let found = devices(&Sysfs::default())?.into_iter().find(|device| device.name == name);
+        let node = found.and_then(|device| device.node);
+        if let Some(node) = node.filter(|node| Path::new(node).exists()) {
+            return Ok(node);
+        }
+        if Instant::now() > until {
+            let (node, source) = ("the char device".into(), io::ErrorKind::NotFound.into());
+            return Err(VdpaError::NoNode { name: name.to_owned(), node, source });
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Opens a device's char device for QEMU; one that was just made has none that was known before.
 ///
 /// # Errors
 /// It is not there, not ours to open, or somebody has it.
-pub fn open(name: &str, node: &str) -> Result<OwnedFd, VdpaError> {
+pub fn open(name: &str, node: Option<&str>) -> Result<OwnedFd, VdpaError> {
+    let node = &node.map_or_else(|| node_of(name), |node| Ok(node.to_owned()))?;
     let opened = OpenOptions::new().read(true).write(true).custom_flags(libc::O_CLOEXEC).open(node);
     opened.map(OwnedFd::from).map_err(|source| {
         let (name, node) = (name.to_owned(), PathBuf::from(node));
@@ -311,9 +368,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_opened_is_told_by_its_reason() {
-        let missing = open("vdpa0", "/nonexistent/vhost-vdpa-0").expect_err("missing").to_string();
+        let missing = open("vdpa0", Some("/nonexistent/vhost-vdpa-0")).expect_err("missing").to_string();
         assert!(missing.contains("modprobe vhost_vdpa") && missing.contains("vdpa0"), "{missing}");
-        let folder = open("vdpa0", "/").expect_err("a folder").to_string();
+        let folder = open("vdpa0", Some("/")).expect_err("a folder").to_string();
         assert!(folder.starts_with("cannot open /"), "{folder}");
     }
 

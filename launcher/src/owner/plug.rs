@@ -516,6 +516,5 @@ pub(super) fn is_open(error: &StepError) -> bool {
 
 /// Whether a step failed because somebody else has the thing: nothing was tried on the VM then.
 pub(super) fn is_refusal(error: &StepError) -> bool {
-    use crate::host::need::NeedError;
-    matches!(error, StepError::Host(NeedError::Lease(crate::lease::LeaseError::Held { .. })))
+    matches!(error, StepError::Host(error) if error.is_refusal())
 }
