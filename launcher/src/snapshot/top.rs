@@ -50,6 +50,8 @@ pub fn chain(store: &Store, path: &str, format: Option<Format>) -> Result<Vec<La
     let canonical = canonical.to_string_lossy().into_owned();
     match book.standing(&canonical, (found.dev(), found.ino())) {
         Standing::Unknown | Standing::Top(_) | Standing::Abandoned(_) => Ok(image::chain(path, format)?),
+        // The number of a base that was removed may be another file's by now.
+        Standing::Base(chain) if !is_base(chain, &found) => Ok(image::chain(path, format)?),
         Standing::Base(chain) => from_top(chain),
         Standing::Replaced(chain) => {
             Err(TopError::Replaced { path: path.to_owned(), top: chain.top.clone() })
@@ -68,6 +70,11 @@ pub fn chain(store: &Store, path: &str, format: Option<Format>) -> Result<Vec<La
     }
 }
 
+/// Whether a file is a chain's base, by whatever name.
+fn is_base(chain: &Chain, found: &fs::Metadata) -> bool {
+    fs::metadata(&chain.base).is_ok_and(|base| (base.dev(), base.ino()) == (found.dev(), found.ino()))
+}
+
 fn from_top(chain: &Chain) -> Result<Vec<Layer>, TopError> {
     let layers = image::chain(&chain.top, Some(Format::Qcow2))?;
     let leads =
@@ -75,5 +82,49 @@ fn from_top(chain: &Chain) -> Result<Vec<Layer>, TopError> {
     match layers.iter().any(leads) {
         true => Ok(layers),
         false => Err(TopError::Astray { base: chain.base.clone(), top: chain.top.clone() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::book::{Book, Overlay};
+
+    #[test]
+    fn a_number_that_another_file_has_now_means_nothing() {
+        let temp = tempfile::tempdir().expect("a folder");
+        let path = |name: &str| temp.path().join(name).display().to_string();
+        fs::write(path("new.img"), "x").expect("written");
+        let found = fs::metadata(path("new.img")).expect("there");
+        let overlay = Overlay {
+            path: path("gone.one.qcow2"),
+            backing: path("gone.img"),
+            vm: "web".parse().expect("a name"),
+            snapshot: "one".parse().expect("a name"),
+            unwanted: false,
+        };
+        let chain = Chain {
+            base: path("gone.img"),
+            format: Format::Raw,
+            inode: found.ino(),
+            device: found.dev(),
+            top: overlay.path.clone(),
+            overlays: vec![overlay],
+        };
+        let store = Store::new(temp.path());
+        store
+            .change::<_, StoreError>(|book| {
+                *book = Book { chains: vec![chain], format: book.format, ..Book::default() };
+                Ok(())
+            })
+            .expect("written");
+        let layers = super::chain(&store, &path("new.img"), None).expect("an image like any other");
+        assert_eq!(layers.iter().map(|layer| layer.path.clone()).collect::<Vec<_>>(), [path("new.img")]);
+        // By another name of the base it is the base.
+        fs::hard_link(path("new.img"), path("gone.img")).expect("a link");
+        assert!(
+            matches!(super::chain(&store, &path("new.img"), None), Err(TopError::Image(_))),
+            "its top is gone"
+        );
     }
 }
