@@ -16,6 +16,13 @@ pub struct HostBdf {
 
 by_text!(HostBdf);
 
+impl HostBdf {
+    /// The bus.
+    pub const fn bus(self) -> u8 {
+        self.bus
+    }
+}
+
 const FORM: &str = "write domain:bus:slot.function in hexadecimal, as `lspci -D` does: 0000:04:10.1";
 
 impl FromStr for HostBdf {

@@ -131,6 +131,7 @@ impl Capabilities {
         "scsi-hd",
         "vhost-scsi-pci",
         "vhost-vdpa-device-pci",
+        "vfio-pci",
         "virtconsole",
         "virtio-blk-pci",
         "virtio-net-pci",

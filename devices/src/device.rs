@@ -3,10 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use crate::address::PciSeat;
+use crate::bdf::HostBdf;
 use crate::controller::{IothreadConfig, ScsiControllerConfig, VirtioSerialConfig};
 use crate::disk::DiskConfig;
 use crate::id::DeviceId;
 use crate::nic::NicConfig;
+use crate::passthrough::{VfConfig, VfioConfig, rom_file};
 use crate::port::{ChannelConfig, SerialConfig};
 use crate::vdpa::VdpaConfig;
 use crate::vhost_scsi::VhostScsiConfig;
@@ -33,6 +35,10 @@ pub enum DeviceConfig {
     Vdpa(VdpaConfig),
     /// `[[vhost_scsi]]`
     VhostScsi(VhostScsiConfig),
+    /// `[[vfio]]`
+    Vfio(VfioConfig),
+    /// `[[vf]]`
+    Vf(VfConfig),
 }
 
 /// One expression for the config inside, whatever its kind.
@@ -48,6 +54,8 @@ macro_rules! each {
             DeviceConfig::Channel($config) => $body,
             DeviceConfig::Vdpa($config) => $body,
             DeviceConfig::VhostScsi($config) => $body,
+            DeviceConfig::Vfio($config) => $body,
+            DeviceConfig::Vf($config) => $body,
         }
     };
 }
@@ -64,6 +72,8 @@ impl DeviceConfig {
         "channel",
         "vdpa",
         "vhost_scsi",
+        "vfio",
+        "vf",
     ];
 
     /// The table's name.
@@ -83,6 +93,8 @@ impl DeviceConfig {
             DeviceConfig::Channel(_) => 6,
             DeviceConfig::Vdpa(_) => 7,
             DeviceConfig::VhostScsi(_) => 8,
+            DeviceConfig::Vfio(_) => 9,
+            DeviceConfig::Vf(_) => 10,
         }
     }
 
@@ -108,6 +120,8 @@ impl DeviceConfig {
             DeviceConfig::Channel(_) => "channel",
             DeviceConfig::Vdpa(_) => "vdpa",
             DeviceConfig::VhostScsi(_) => "vscsi",
+            DeviceConfig::Vfio(_) => "vfio",
+            DeviceConfig::Vf(_) => "vf",
         }
     }
 
@@ -118,6 +132,8 @@ impl DeviceConfig {
             DeviceConfig::Nic(nic) => nic.bootindex,
             DeviceConfig::Vdpa(vdpa) => vdpa.bootindex,
             DeviceConfig::VhostScsi(scsi) => scsi.bootindex,
+            DeviceConfig::Vfio(vfio) => vfio.bootindex,
+            DeviceConfig::Vf(vf) => vf.bootindex,
             _ => None,
         }
     }
@@ -149,6 +165,8 @@ impl DeviceConfig {
             DeviceConfig::Nic(nic) => pci(&nic.seat, false),
             DeviceConfig::Vdpa(vdpa) => pci(&vdpa.seat, false),
             DeviceConfig::VhostScsi(scsi) => pci(&scsi.seat, false),
+            DeviceConfig::Vfio(vfio) => pci(&vfio.seat, false),
+            DeviceConfig::Vf(vf) => pci(&vf.seat, false),
             DeviceConfig::Serial(_) | DeviceConfig::Channel(_) => 5,
         }
     }
@@ -157,6 +175,15 @@ impl DeviceConfig {
     pub fn image(&self) -> Option<&str> {
         match self {
             DeviceConfig::Disk(disk) => disk.path.as_deref(),
+            _ => None,
+        }
+    }
+
+    /// The function of the host that it names.
+    pub fn host_function(&self) -> Option<HostBdf> {
+        match self {
+            DeviceConfig::Vfio(vfio) => Some(vfio.host),
+            DeviceConfig::Vf(vf) => vf.host,
             _ => None,
         }
     }
@@ -172,6 +199,8 @@ impl DeviceConfig {
             DeviceConfig::Channel(channel) => channel.path.clone(),
             DeviceConfig::Vdpa(vdpa) => Some(vdpa.device.to_string()),
             DeviceConfig::VhostScsi(scsi) => Some(scsi.wwpn.to_string()),
+            DeviceConfig::Vfio(vfio) => Some(vfio.host.to_string()),
+            DeviceConfig::Vf(vf) => vf.host.map(|host| host.to_string()).or_else(|| vf.pf.clone()),
             DeviceConfig::Serial(_)
             | DeviceConfig::Iothread(_)
             | DeviceConfig::ScsiController(_)
@@ -186,6 +215,8 @@ impl DeviceConfig {
             DeviceConfig::Nic(nic) => nic.vhost_user.as_mut().into_iter().collect(),
             DeviceConfig::Serial(serial) => serial.log.as_mut().into_iter().collect(),
             DeviceConfig::Channel(channel) => channel.path.as_mut().into_iter().collect(),
+            DeviceConfig::Vfio(vfio) => rom_file(&mut vfio.rom).into_iter().collect(),
+            DeviceConfig::Vf(vf) => rom_file(&mut vf.rom).into_iter().collect(),
             DeviceConfig::Iothread(_)
             | DeviceConfig::ScsiController(_)
             | DeviceConfig::VirtioSerial(_)

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::bdf::HostBdf;
 use crate::disk::{Aio, Discard};
 use crate::retry::Retry;
 use crate::text::words;
 use crate::units::Mac;
+use crate::vf::VfProfile;
 
 words! {
     /// An image's format. Never probed: it stands in the config, or in the header of the overlay above.
@@ -41,6 +43,10 @@ pub struct HostFacts {
     pub vdpa: Vec<HostVdpa>,
     /// Targets of vhost-scsi. Looked at for such a device only.
     pub scsi: Option<ScsiTargets>,
+    /// PCI functions of the host. Looked at for a passthrough only.
+    pub pci: BTreeMap<HostBdf, HostFunction>,
+    /// Whether the kernel has iommufd.
+    pub iommufd: bool,
 }
 
 words! {
@@ -109,6 +115,37 @@ pub struct ScsiGroup {
     pub nexus: bool,
 }
 
+/// A PCI function of the host, as far as its passthrough is concerned.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostFunction {
+    /// Vendor.
+    pub vendor: u16,
+    /// Device, as its vendor numbers them.
+    pub device: u16,
+    /// The driver that holds it.
+    pub driver: Option<String>,
+    /// The one driver that may, where somebody said so.
+    pub driver_override: Option<String>,
+    /// Its IOMMU group.
+    pub group: Option<u32>,
+    /// Whether it is a bridge, which stays with the host.
+    pub bridge: bool,
+    /// Whether the kernel offers it as an accelerator.
+    pub uacce: bool,
+    /// Its network interfaces.
+    pub netdevs: Vec<String>,
+    /// Whether one of them is up.
+    pub up: bool,
+    /// Of a physical function: how many virtual ones it can have.
+    pub vfs_max: Option<u32>,
+    /// Of a virtual function: its physical one, and its number there.
+    pub vf_of: Option<(HostBdf, u32)>,
+    /// Of a virtual function of a network card: what the card keeps of it.
+    pub profile: Option<VfProfile>,
+    /// Who uses it, for people: a VM, or a process that has its group open.
+    pub held_by: Option<String>,
+}
+
 /// How a file is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -171,6 +208,36 @@ pub enum HostNeed {
         wwpn: String,
         /// Name of the descriptor.
         descriptor: String,
+    },
+    /// A PCI function and its IOMMU group: leased host-wide, opened by QEMU itself.
+    Function {
+        /// The function.
+        host: HostBdf,
+        /// Its group.
+        group: u32,
+        /// Whether it is an accelerator, which takes no hot-plug.
+        #[serde(default)]
+        accelerator: bool,
+    },
+    /// A PCI function bound to vfio-pci, and given back to the driver it had.
+    Driver {
+        /// The function.
+        host: HostBdf,
+        /// The driver it had.
+        before: Option<String>,
+        /// The one driver that was allowed to have it.
+        override_before: Option<String>,
+    },
+    /// What a network card keeps of a virtual function.
+    VfProfile {
+        /// The physical function.
+        pf: HostBdf,
+        /// The virtual function's number there.
+        index: u32,
+        /// What it was.
+        before: VfProfile,
+        /// What it is to be.
+        wanted: VfProfile,
     },
 }
 

@@ -8,6 +8,7 @@ mod host_devices;
 mod medium;
 mod merge;
 mod overlay;
+mod passthrough;
 mod resize;
 mod shared;
 
@@ -21,13 +22,15 @@ pub use medium::NewMedium;
 pub use merge::Lesser;
 pub use overlay::{is_on_top, take_snapshot, writable_disks};
 
-use crate::address::Address;
+use crate::address::{Address, PciSeat};
+use crate::bdf::HostBdf;
 use crate::capabilities::Capabilities;
 use crate::controller::{ScsiControllerConfig, VirtioSerialConfig};
 use crate::device::DeviceConfig;
 use crate::disk::Storage;
 use crate::host::{HostFacts, HostNeed, Layer};
 use crate::id::{DeviceId, Generation, Label};
+use crate::passthrough::VfioConfig;
 use crate::refusal::Refusal;
 use crate::retry::{Policies, Retry};
 use crate::spec::{Backend, DeviceSpec};
@@ -78,6 +81,9 @@ pub struct Layout {
     /// Ids of devices that are still to be placed; what is made on demand must not take them.
     #[serde(skip)]
     reserved: BTreeSet<DeviceId>,
+    /// Functions of the host that devices still to be placed ask for.
+    #[serde(skip)]
+    claimed: BTreeSet<HostBdf>,
 }
 
 /// Plans one device. Errors: the first thing that speaks against it.
@@ -109,6 +115,7 @@ pub fn plan_machine(
         }
     }
     layout.reserved = configs.iter().filter_map(DeviceConfig::id).cloned().collect();
+    layout.claimed = configs.iter().filter_map(DeviceConfig::host_function).collect();
     let mut order: Vec<usize> = (0..configs.len()).collect();
     order.sort_by_key(|i| configs[*i].turn());
     for index in order {
@@ -120,6 +127,7 @@ pub fn plan_machine(
         |placed: &Placed| configs.iter().position(|c| c.id() == Some(&placed.id)).unwrap_or(usize::MAX);
     layout.devices.sort_by_key(|placed| (placed.config.rank(), position(placed)));
     layout.reserved.clear();
+    layout.claimed.clear();
     Ok(layout)
 }
 
@@ -211,6 +219,12 @@ impl Layout {
         if !users.is_empty() {
             return Err(Refusal::InUse { id: placed.id.clone(), users: users.join(", ") });
         }
+        if let Some(leader) = self.leader(placed) {
+            return Err(Refusal::InUse { id: placed.id.clone(), users: leader.id.to_string() });
+        }
+        if placed.is_accelerator() {
+            return Err(Refusal::NotHotPluggable { id: placed.id.clone(), kind: passthrough::ACCELERATOR });
+        }
         hot_pluggable(&placed.id, &placed.config)
     }
 
@@ -268,6 +282,7 @@ impl Layout {
         self.check_host_devices(&id, &config, &storage)?;
         host_devices::adopt_mac(&mut config, &storage);
         self.assign(&id, &mut config)?;
+        let passed = self.passthrough(&id, &mut config, host, qemu, moment)?;
         let seat = seat(&config);
         if let Some(seat) = &seat {
             self.controller_for(&id, seat, host, qemu, moment)?;
@@ -275,13 +290,31 @@ impl Layout {
         let claimed = seat.map(|seat| self.topology.claim(&id, &seat, moment)).transpose();
         let address = claimed.map_err(|source| Refusal::Seat { id: id.clone(), source })?;
         let index = self.add_controller(&id, &config)?;
-        let spec = self.lower(&id, &config, address.as_ref(), &storage, host);
+        let spec = match (&passed, address.as_ref()) {
+            (Some(passed), Some(address)) => passed.lower(&id, &config, address),
+            _ => self.lower(&id, &config, address.as_ref(), &storage, host),
+        };
         check_spec(&spec, qemu)?;
-        let needs = needs(&self.vm, &id, &config, &storage, host);
-        let retry = storage.retry;
+        let (mut needs, mut rest) = (needs(&self.vm, &id, &config, &storage, host), Vec::new());
+        if let Some(passed) = passed {
+            (needs, rest) = (passed.needs, passed.rest);
+        }
+        let (retry, config_prefix) = (storage.retry, config.id_prefix());
         let placed = Placed { id: id.clone(), config, address, index, spec, needs, on_demand, retry };
+        if let (
+            DeviceConfig::Vfio(VfioConfig { multifunction: true, .. }),
+            Some(Address::Pci(PciSeat::Root(slot, _))),
+        ) = (&placed.config, &placed.address)
+        {
+            self.topology.has_functions(*slot);
+        }
         self.note_generation(&placed);
         self.devices.push(placed);
+        for function in rest {
+            let other = free_id(config_prefix, |id| self.has_id(id) || self.reserved.contains(id));
+            let config = DeviceConfig::Vfio(VfioConfig::of_group(function, other));
+            self.place(config, host, qemu, moment, true)?;
+        }
         Ok(id)
     }
 
@@ -359,6 +392,9 @@ impl Layout {
             }
             (DeviceConfig::VhostScsi(scsi), Some(address)) => scsi.lower(id, address),
             (DeviceConfig::Iothread(iothread), _) => iothread.lower(id),
+            (DeviceConfig::Vfio(_) | DeviceConfig::Vf(_), _) => {
+                unreachable!("what passes a function through lowers it")
+            }
             (_, None) => unreachable!("every kind but an iothread claims a seat"),
         }
     }

@@ -27,6 +27,7 @@ pub mod keyval;
 pub mod layout;
 pub mod machine;
 pub mod nic;
+pub mod passthrough;
 pub mod pcie;
 pub mod port;
 pub mod refusal;
@@ -36,6 +37,7 @@ pub mod text;
 pub mod topology;
 pub mod units;
 pub mod vdpa;
+pub mod vf;
 pub mod vhost_scsi;
 
 pub use device::DeviceConfig;

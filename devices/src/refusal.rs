@@ -3,6 +3,7 @@
 use thiserror::Error;
 
 use crate::id::{DeviceId, Label};
+use crate::passthrough::PassthroughError;
 use crate::topology::TopologyError;
 use crate::vdpa::VdpaError;
 use crate::vhost_scsi::VhostScsiError;
@@ -184,6 +185,14 @@ pub enum Refusal {
         id: DeviceId,
         /// Why.
         source: VhostScsiError,
+    },
+    /// A function of the host that cannot be given to the guest.
+    #[error("{id}: {source}")]
+    Passthrough {
+        /// The device.
+        id: DeviceId,
+        /// Why.
+        source: PassthroughError,
     },
     /// It cannot be plugged while the VM runs.
     #[error("{id}: {kind} cannot be plugged in or out while the VM runs: use --config and start the VM anew")]

@@ -5,7 +5,7 @@
 
 mod error;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
@@ -92,6 +92,9 @@ pub struct Topology {
     scsi: BTreeMap<u8, DeviceId>,
     serial: BTreeMap<u8, DeviceId>,
     taken: BTreeMap<Address, Occupant>,
+    /// Slots of the root bus whose function 0 says that there are more.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    multifunction: BTreeSet<Slot>,
     #[serde(skip)]
     vacated: Vacated,
 }
@@ -242,6 +245,11 @@ impl Topology {
         self.serial.retain(|_, controller| controller != id);
     }
 
+    /// Function 0 of a slot of the root bus says that there are more.
+    pub(crate) fn has_functions(&mut self, slot: Slot) {
+        self.multifunction.insert(slot);
+    }
+
     /// Replaces what is known of foreign devices.
     pub fn set_foreign(&mut self, seats: impl IntoIterator<Item = (Address, String)>) {
         self.taken.retain(|_, occupant| occupant.hold != Hold::Foreign);
@@ -268,7 +276,7 @@ impl Topology {
                 Address::Scsi(a) if a.controller == *index => Some(a.target),
                 _ => None,
             });
-            held.collect::<std::collections::BTreeSet<u8>>().len()
+            held.collect::<BTreeSet<u8>>().len()
         };
         let ports = |index: &u8| {
             self.taken
@@ -307,12 +315,13 @@ impl Topology {
             PciSeat::Root(..) | PciSeat::Bridge(..) if moment == Moment::Hot => {
                 return Err(TopologyError::NotHot { address });
             }
-            PciSeat::Root(slot, function) | PciSeat::Bridge(_, slot, function) if function.0 != 0 => {
-                let bus = wish.bus().to_owned();
-                return Err(TopologyError::NotFunctionZero { address, bus, slot: slot.0 });
-            }
             PciSeat::Root(slot, _) if !DEVICE_SLOTS.contains(&slot.0) => {
                 return Err(TopologyError::ReservedSlot { slot: slot.0 });
+            }
+            PciSeat::Root(slot, Function(1..)) if self.multifunction.contains(slot) => {}
+            PciSeat::Root(slot, Function(1..)) | PciSeat::Bridge(_, slot, Function(1..)) => {
+                let bus = wish.bus().to_owned();
+                return Err(TopologyError::NotFunctionZero { address, bus, slot: slot.0 });
             }
             PciSeat::Root(slot, _) => {
                 if let Some(port) = self.ports.iter().find(|p| p.slot == *slot) {

@@ -142,7 +142,9 @@ impl FromStr for Mac {
             return Err(fail("it is a multicast address: the first byte of a NIC's address is even"));
         }
         if mac == [0; 6] {
-            return Err(fail("all zero is no address"));
+            return Err(fail(
+                "all zero is no address: leave `mac` out for one that is derived from the names, or write null_mac = true for a [[vf]] without one",
+            ));
         }
         Ok(Mac(mac))
     }

@@ -18,7 +18,9 @@ use crate::accel::{self, Accel, AccelError};
 use crate::config::{ConfigError, VmConfig};
 use crate::examine::{Answer, Question, examine};
 use crate::folders::{Folders, FoldersError, VmFiles};
-use crate::host::{scsi_target, vdpa};
+use crate::host::pci::PciError;
+use crate::host::{scsi_target, vdpa, vfio};
+use crate::lease::{LeaseError, Leases};
 use crate::probe::{ProbeError, probe};
 use crate::process::{SpawnError, find_binary};
 use crate::snapshot::Store;
@@ -54,6 +56,12 @@ pub enum BlueprintError {
     /// QEMU is missing.
     #[error(transparent)]
     Binary(#[from] SpawnError),
+    /// The host's devices could not be listed.
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    /// The leases of devices.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
 }
 
 /// A machine, planned down to every seat.
@@ -84,6 +92,8 @@ impl Blueprint {
         let mut facts = HostFacts::default();
         vdpa::learn(&mut facts, &config.devices);
         scsi_target::learn(&mut facts, &config.devices);
+        let leases = Leases::open(&folders.leases)?;
+        vfio::learn(&mut facts, &config.devices, &leases)?;
         Blueprint::plan(config, binary, qemu, &accel::HostFacts::read(), &files, (facts, answers))
     }
 

@@ -11,6 +11,7 @@ use devices::disk::DiskConfig;
 use devices::keyval::KeyvalError;
 use devices::machine::{Firmware, Kernel, Memory};
 use devices::nic::NicConfig;
+use devices::passthrough::{VfConfig, VfioConfig};
 use devices::pcie::{ControllerConfig, PcieConfig};
 use devices::port::{ChannelConfig, SerialConfig};
 use devices::vdpa::VdpaConfig;
@@ -110,6 +111,10 @@ struct VmFile {
     vdpa: Vec<Spanned<VdpaConfig>>,
     #[serde(default)]
     vhost_scsi: Vec<Spanned<VhostScsiConfig>>,
+    #[serde(default)]
+    vfio: Vec<Spanned<VfioConfig>>,
+    #[serde(default)]
+    vf: Vec<Spanned<VfConfig>>,
 }
 
 /// A device file: the same tables, `[disk]` or `[[disk]]`.
@@ -127,6 +132,8 @@ struct DeviceFile {
     channel: OneOrMany<ChannelConfig>,
     vdpa: OneOrMany<VdpaConfig>,
     vhost_scsi: OneOrMany<VhostScsiConfig>,
+    vfio: OneOrMany<VfioConfig>,
+    vf: OneOrMany<VfConfig>,
 }
 
 #[derive(Debug)]
@@ -328,7 +335,9 @@ fn devices_of(file: &VmFile, line: &dyn Fn(usize) -> usize) -> (Vec<DeviceConfig
         .chain(all(&file.serial, DeviceConfig::Serial))
         .chain(all(&file.channel, DeviceConfig::Channel))
         .chain(all(&file.vdpa, DeviceConfig::Vdpa))
-        .chain(all(&file.vhost_scsi, DeviceConfig::VhostScsi));
+        .chain(all(&file.vhost_scsi, DeviceConfig::VhostScsi))
+        .chain(all(&file.vfio, DeviceConfig::Vfio))
+        .chain(all(&file.vf, DeviceConfig::Vf));
     found.map(|(device, offset)| (device, line(offset))).unzip()
 }
 
@@ -354,6 +363,8 @@ pub fn read_device(path: &Path) -> Result<DeviceConfig, ConfigError> {
     devices.extend(file.channel.0.into_iter().map(DeviceConfig::Channel));
     devices.extend(file.vdpa.0.into_iter().map(DeviceConfig::Vdpa));
     devices.extend(file.vhost_scsi.0.into_iter().map(DeviceConfig::VhostScsi));
+    devices.extend(file.vfio.0.into_iter().map(DeviceConfig::Vfio));
+    devices.extend(file.vf.0.into_iter().map(DeviceConfig::Vf));
     let found = devices.len();
     match devices.pop() {
         Some(mut device) if found == 1 => {
@@ -377,6 +388,8 @@ pub fn parse_flag(table: &'static str, text: &str, folder: &Path) -> Result<Devi
         "serial" => parse(text).map(DeviceConfig::Serial),
         "vdpa" => parse(text).map(DeviceConfig::Vdpa),
         "vhost_scsi" => parse(text).map(DeviceConfig::VhostScsi),
+        "vfio" => parse(text).map(DeviceConfig::Vfio),
+        "vf" => parse(text).map(DeviceConfig::Vf),
         _ => parse(text).map(DeviceConfig::Channel),
     };
     let mut device = parsed.map_err(|source| {

@@ -76,6 +76,8 @@ fn table(device: &DeviceConfig) -> Result<Table, EditError> {
         DeviceConfig::Channel(config) => of(config),
         DeviceConfig::Vdpa(config) => of(config),
         DeviceConfig::VhostScsi(config) => of(config),
+        DeviceConfig::Vfio(config) => of(config),
+        DeviceConfig::Vf(config) => of(config),
     }?;
     for (_, item) in table.iter_mut() {
         if let Item::Table(inner) = item {

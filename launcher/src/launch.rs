@@ -28,7 +28,7 @@ use crate::journal::{Journal, JournalError};
 use crate::lease::{LeaseError, Leases};
 use crate::locks::{LockError, OfdLock, probe};
 use crate::owner::Born;
-use crate::process::{Process, ProcessError, Spawn, SpawnError, last_lines};
+use crate::process::{Memlock, Process, ProcessError, Spawn, SpawnError, last_lines};
 use crate::record::{Entry, FORMAT, Launch, RecordError, Stage};
 use crate::work::{StepError, Workshop};
 use crate::{quirks, users};
@@ -218,7 +218,7 @@ impl Launching<'_> {
             args,
             inherit,
             log: &self.log,
-            rlimit_memlock: None,
+            memlock: memlock(blueprint),
             env: Vec::new(),
         };
         self.process = Some(spawn.start()?);
@@ -402,6 +402,16 @@ pub(crate) fn remove_folder(run_dir: &Path) {
             warn!(folder = ?run_dir, %error, "the runtime folder could not be removed");
         }
         _ => {}
+    }
+}
+
+/// What a VFIO device pins: all of the guest's memory, and some room for the device's own. One that is plugged in later needs it too, and the limit of a
+/// running QEMU cannot be raised.
+fn memlock(blueprint: &Blueprint) -> Memlock {
+    let bytes = blueprint.config.memory.size.as_bytes().saturating_add(1 << 30);
+    match blueprint.layout.devices().iter().any(|device| device.passes().is_some()) {
+        true => Memlock::Needed(bytes),
+        false => Memlock::Wanted(bytes),
     }
 }
 

@@ -211,7 +211,10 @@ impl Leases {
                     }
                     continue;
                 }
-                let shareable = mode == Mode::Shared && held.mode == Mode::Shared;
+                // Members of one group may be several devices, if of one VM.
+                let of_one_vm =
+                    matches!(key, LeaseKey::IommuGroup { .. }) && held.holder.is(&holder.vm, &holder.run_dir);
+                let shareable = of_one_vm || mode == Mode::Shared && held.mode == Mode::Shared;
                 match is_stale(&held.holder) {
                     Staleness::Stale => {
                         info!(vm = %held.holder.vm, device = held.holder.device, "passed over a stale lease of {}", holder.path);
@@ -287,6 +290,21 @@ impl Leases {
             self.keep(lease, |held| !held.is(vm, run_dir))?;
         }
         Ok(())
+    }
+
+    /// All that anybody has, stale or not.
+    ///
+    /// # Errors
+    /// A lease cannot be read.
+    pub fn all(&self) -> Result<Vec<(LeaseKey, Holder)>, LeaseError> {
+        if !self.dir.exists() {
+            return Ok(Vec::new());
+        }
+        let with_key = |(_, lease): (PathBuf, Lease)| {
+            let Lease { key, holders, .. } = lease;
+            holders.into_iter().map(move |held| (key.clone(), held.holder))
+        };
+        Ok(self.leases(|_| true)?.into_iter().flat_map(with_key).collect())
     }
 
     /// What this user's `vm` has: key, mode, and the rest.

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use tracing::{info, warn};
 
 use crate::folders::write_durably;
-use crate::process::{Exit, Process, ProcessError, Spawn, SpawnError, find_binary, last_lines};
+use crate::process::{Exit, Memlock, Process, ProcessError, Spawn, SpawnError, find_binary, last_lines};
 
 /// The format of the cache that this qvirt writes, and the only one it reads: another one is asked anew.
 const FORMAT: u32 = 1;
@@ -176,7 +176,7 @@ async fn ask(binary: &Path, patience: Duration) -> Result<Capabilities, ProbeErr
         args: args.map(Into::into).collect(),
         inherit: vec![theirs.as_fd()],
         log: log.path(),
-        rlimit_memlock: None,
+        memlock: Memlock::Inherited,
         env: Vec::new(),
     };
     let qemu = Ended(spawn.start()?);

@@ -31,7 +31,7 @@ use tokio::io::unix::AsyncFd;
 
 pub use identity::{BootId, Identity};
 pub use log::{LOG_CAP_BYTES, keep_under_cap, last_lines};
-pub use spawn::{Spawn, SpawnError, find_binary};
+pub use spawn::{Memlock, Spawn, SpawnError, find_binary};
 
 /// A process that cannot be watched or signalled.
 #[derive(Debug, thiserror::Error)]

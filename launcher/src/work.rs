@@ -150,6 +150,9 @@ impl Step {
         "io-proxy",
         "vdpa",
         "vhost-scsi",
+        "function",
+        "driver",
+        "vf-profile",
         "descriptor",
         "object",
         "blockdev",
@@ -172,6 +175,9 @@ impl Step {
             Step::Need(HostNeed::IoProxy(_)) => "io-proxy",
             Step::Need(HostNeed::Vdpa { .. }) => "vdpa",
             Step::Need(HostNeed::VhostScsi { .. }) => "vhost-scsi",
+            Step::Need(HostNeed::Function { .. }) => "function",
+            Step::Need(HostNeed::Driver { .. }) => "driver",
+            Step::Need(HostNeed::VfProfile { .. }) => "vf-profile",
             Step::Descriptor(_) => "descriptor",
             Step::Backend(Backend::Object(_)) => "object",
             Step::Backend(Backend::Blockdev(_)) => "blockdev",
@@ -184,10 +190,15 @@ impl Step {
         }
     }
 
-    /// The steps that make a device, in order.
-    pub fn all_of(device: &Placed) -> Vec<Step> {
-        let mut steps = vec![Step::Record];
-        steps.extend(device.needs.iter().cloned().map(Step::Need));
+    /// What is taken of the host for a device, in order.
+    pub fn on_the_host(device: &Placed) -> Vec<Step> {
+        let needs = device.needs.iter().cloned().map(Step::Need);
+        std::iter::once(Step::Record).chain(needs).collect()
+    }
+
+    /// What is made of a device in QEMU then, in order.
+    pub fn in_qemu(device: &Placed) -> Vec<Step> {
+        let mut steps = Vec::new();
         for backend in &device.spec.backends {
             steps.extend(backend.descriptors().map(|name| Step::Descriptor(name.to_owned())));
             steps.push(Step::Backend(backend.clone()));
@@ -227,29 +238,56 @@ pub struct Workshop {
 
 impl Workshop {
     /// Makes devices, controllers first. On failure nothing is left of them but those that the guest may have seen, which were asked to leave.
+    ///
+    /// All of them have what they need of the host before QEMU gets the first: a member of an IOMMU group can be used when the others are bound too.
     pub async fn attach(&mut self, parts: &[Placed]) -> Result<(), WorkError> {
         let mut steps = Steps::of("attach");
-        for (index, device) in parts.iter().enumerate() {
-            let Err((step, source)) = self.make(device, &mut steps).await else { continue };
-            warn!(device = %device.id, step, error = %source, "attach failed, undoing");
-            let mut leaving = Vec::new();
-            for device in parts[..=index].iter().rev() {
-                if self.unmake(device).await {
-                    leaving.push(device.id.clone());
-                }
+        let mut descriptors = Vec::new();
+        for device in parts {
+            descriptors.push(BTreeMap::new());
+            let taken = descriptors.last_mut().expect("it was just put there");
+            if let Err((step, source)) = self.make(device, Step::on_the_host(device), taken, &mut steps).await
+            {
+                return Err(self.give_up(&parts[..descriptors.len()], device, step, source).await);
             }
-            return Err(WorkError { work: "attach", id: device.id.clone(), step, source, leaving });
+        }
+        for (device, taken) in parts.iter().zip(&mut descriptors) {
+            if let Err((step, source)) = self.make(device, Step::in_qemu(device), taken, &mut steps).await {
+                return Err(self.give_up(parts, device, step, source).await);
+            }
         }
         Ok(())
     }
 
-    async fn make(&mut self, device: &Placed, steps: &mut Steps) -> Result<(), (&'static str, StepError)> {
-        let mut descriptors = BTreeMap::new();
-        for step in Step::all_of(device) {
+    async fn give_up(
+        &mut self,
+        begun: &[Placed],
+        device: &Placed,
+        step: &'static str,
+        source: StepError,
+    ) -> WorkError {
+        warn!(device = %device.id, step, error = %source, "attach failed, undoing");
+        let mut leaving = Vec::new();
+        for device in begun.iter().rev() {
+            if self.unmake(device).await {
+                leaving.push(device.id.clone());
+            }
+        }
+        WorkError { work: "attach", id: device.id.clone(), step, source, leaving }
+    }
+
+    async fn make(
+        &mut self,
+        device: &Placed,
+        todo: Vec<Step>,
+        descriptors: &mut BTreeMap<String, OwnedFd>,
+        steps: &mut Steps,
+    ) -> Result<(), (&'static str, StepError)> {
+        for step in todo {
             let kind = step.kind();
             debug!(device = %device.id, step = kind, "attach");
             steps.enter(kind).map_err(|injected| (kind, injected.into()))?;
-            self.take(device, step, &mut descriptors).await.map_err(|error| (kind, error))?;
+            self.take(device, step, descriptors).await.map_err(|error| (kind, error))?;
         }
         Ok(())
     }

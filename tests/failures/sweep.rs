@@ -13,7 +13,8 @@ use crate::stage::Stage;
 
 /// Kinds of step that need a network to change, and the nodes for it, or devices of the host: where this host does not give us any of our own,
 /// they are failed in the lab.
-const IN_THE_LAB: [&str; 6] = ["tap", "vhost-net", "descriptor", "vdpa", "vhost-scsi", "fdset"];
+const IN_THE_LAB: [&str; 9] =
+    ["tap", "vhost-net", "descriptor", "vdpa", "vhost-scsi", "fdset", "function", "driver", "vf-profile"];
 
 /// A sweep ends with a success; none has so many steps.
 const MANY: u32 = 60;

@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use devices::host::HostFacts;
 use devices::machine::{MachineError, versioned};
+use devices::passthrough::PassthroughError;
 use devices::pcie::{PcieRule, RootPort, written_out};
 use devices::topology::{Topology, TopologyError};
 use devices::vdpa::VdpaError;
@@ -32,11 +32,14 @@ macro_rules! variants {
 
 variants!(
     refusal, REFUSALS, Refusal: DuplicateId, LabelTaken, LabelPrefix, NoLabel, Seat, Misplaced, Missing, Value, UnknownImage,
-    NotInQemu, NoProperty, NoIothread, BootIndexTaken, MacTaken, PrivateMemory, Vdpa, VhostScsi, NotHotPluggable, InUse, NoSuchDevice, Busy
+    NotInQemu, NoProperty, NoIothread, BootIndexTaken, MacTaken, PrivateMemory, Vdpa, VhostScsi, Passthrough, NotHotPluggable, InUse, NoSuchDevice, Busy
 );
 variants!(vdpa, VDPA, VdpaError: NoDevice, NoNode, Taken, Class, Mac, Queues, NoGeneric, NoBlockDriver);
 variants!(vhost_scsi, VHOST_SCSI, VhostScsiError: NoModule, NoTarget, NoGroup, NoNexus, Taken);
 variants!(topology, TOPOLOGY, TopologyError: NoFreePort, NoRoom, Taken, NoSuchSeat, NotHot, ReservedSlot, NotFunctionZero, NoController, Full);
+variants!(
+    passthrough, PASSTHROUGH, PassthroughError: BusZero, NoDevice, NoIommu, Bridge, Taken, NotBound, Shared, NoVf, NoPf, NoFreeVf, NoProfile
+);
 variants!(pcie, PCIE, PcieRule: Index, Chassis, Port, Function, Place, Slot, NoPort, Seat, Key, Id);
 variants!(machine, MACHINE, MachineError: Unknown, NoPcie, Memory, NoCpu);
 variants!(config, CONFIG, ConfigError: Read, Toml, Rule, NotOneDevice, Flag);
@@ -61,6 +64,9 @@ impl Told {
             Refusal::Vdpa { source, .. } => ways.push(vdpa(source)),
             Refusal::VhostScsi { source, .. } => ways.push(vhost_scsi(source)),
             _ => {}
+        }
+        if let Refusal::Passthrough { source, .. } = error {
+            ways.push(passthrough(source));
         }
         Told { text: error.to_string(), ways }
     }
@@ -91,7 +97,7 @@ fn tell(case: &Case, qemu: &Recorded) -> Result<(), Told> {
         &case.host(),
         &files,
         &case.store(),
-        case.host_devices(),
+        case.facts(&config.name),
     );
     let blueprint = drawn.map_err(|error| {
         let reason = reason(&config, case, qemu);
@@ -104,8 +110,7 @@ fn tell(case: &Case, qemu: &Recorded) -> Result<(), Told> {
         let copy = case.path("device.toml");
         std::fs::copy(device, &copy).expect("the folder is writable");
         let device = read_device(&copy).map_err(|error| Told::config(&error))?;
-        let run_dir = files.dir().to_string_lossy().into_owned();
-        let mut host = HostFacts { run_dir, ..case.host_devices() };
+        let mut host = case.facts(&config.name);
         learn(&mut host, &device).map_err(|error| Told::image(&error))?;
         plan(&device, &blueprint.layout, &host, &blueprint.qemu, Moment::Hot)
             .map_err(|refusal| Told::refusal(&refusal))?;
@@ -145,8 +150,7 @@ fn behind_devices(
     case: &Case,
     qemu: &devices::capabilities::Capabilities,
 ) -> Result<(), Told> {
-    let run_dir = case.files(&config.name).dir().to_string_lossy().into_owned();
-    let mut host = HostFacts { run_dir, ..case.host_devices() };
+    let mut host = case.facts(&config.name);
     let mut learn = |device| learn(&mut host, device).map_err(|error| Told::image(&error));
     config.devices.iter().try_for_each(&mut learn)?;
     for path in config.firmware.iter().map(|firmware| &firmware.code) {
@@ -215,7 +219,8 @@ fn every_wrong_input_is_told_what_to_do_and_every_refusal_has_a_case() {
         check(name, told, &text);
     }
     all_good(results);
-    let all = [REFUSALS, TOPOLOGY, VDPA, VHOST_SCSI, PCIE, MACHINE, CONFIG, IMAGES, ACCEL].concat();
+    let all =
+        [REFUSALS, TOPOLOGY, VDPA, VHOST_SCSI, PASSTHROUGH, PCIE, MACHINE, CONFIG, IMAGES, ACCEL].concat();
     let missing: Vec<_> = all.iter().filter(|variant| !seen.contains(**variant)).collect();
     assert!(missing.is_empty(), "no case is refused by {missing:?}: write one into tests/bad");
 }

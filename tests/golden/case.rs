@@ -3,15 +3,18 @@
 //! Lines that begin with `#!` prepare the folder and the host: `raw NAME`, `qcow2 NAME [BACKING [FORMAT]]`, `text NAME WORD`,
 //! `folder NAME`, `block NAME` (a file that counts as a block device), `no-kvm`, `no-json-options`, `qemu-retries`,
 //! `without BLOCK-DRIVER`, `without-device DRIVER`, `libblkio`, `only 10.0`, `detach ID`, `snapshot` (what a snapshot of its disks is); of the host's
-//! devices `vdpa NAME CLASS N|DRIVER BUS|software QUEUES [MAC]`, `scsi-target WWPN GROUP[:no-nexus]...`, `no-vhost-scsi`, `no-configfs`.
+//! devices `vdpa NAME CLASS N|DRIVER BUS|software QUEUES [MAC]`, `scsi-target WWPN GROUP[:no-nexus]...`, `no-vhost-scsi`, `no-configfs`, `iommufd`,
+//! `pci BDF VENDOR:DEVICE DRIVER GROUP [bridge] [uacce] [up] [pf VFS NETDEV] [vf PF INDEX] [silent] [held WHO]` with `-` for no driver or group.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use devices::DeviceConfig;
+use devices::bdf::HostBdf;
 use devices::capabilities::Capabilities;
-use devices::host::{HostVdpa, ScsiGroup, ScsiTargets, VdpaClass};
-use launcher::accel::{HostFacts, KvmNode, Virtualization};
+use devices::host::{HostFacts, HostFunction, HostVdpa, ScsiGroup, ScsiTargets, VdpaClass};
+use devices::vf::VfProfile;
+use launcher::accel::{self, KvmNode, Virtualization};
 use launcher::examine::Question;
 use launcher::folders::{Folders, VmFiles};
 use launcher::image::{self, ImageError};
@@ -78,10 +81,10 @@ impl Case {
                 ["qcow2", name, backing, format] => fs::write(path(name), qcow2(Some(backing), Some(format))),
                 [
                     "no-kvm" | "no-json-options" | "qemu-retries" | "snapshot" | "libblkio" | "no-vhost-scsi"
-                    | "no-configfs",
+                    | "no-configfs" | "iommufd",
                 ]
                 | ["detach" | "without" | "without-device" | "only", _]
-                | ["vdpa" | "scsi-target", ..] => Ok(()),
+                | ["vdpa" | "scsi-target" | "pci", ..] => Ok(()),
                 _ => panic!("{}: directive {directive:?} is unknown", self.name),
             };
             written.expect("the folder is writable");
@@ -100,9 +103,9 @@ impl Case {
     }
 
     /// A host whose accelerators do not depend on where the test runs.
-    pub fn host(&self) -> HostFacts {
+    pub fn host(&self) -> accel::HostFacts {
         let kvm = if self.says("no-kvm") { KvmNode::Missing } else { KvmNode::Usable };
-        HostFacts { virtualization: Virtualization::Vmx, kvm }
+        accel::HostFacts { virtualization: Virtualization::Vmx, kvm }
     }
 
     /// What the QEMU of this case can do.
@@ -127,17 +130,21 @@ impl Case {
         self.said("only").iter().all(|version| version == qemu.version)
     }
 
-    /// The devices of the case's host.
-    pub fn host_devices(&self) -> devices::host::HostFacts {
+    /// What the case's host has.
+    pub fn facts(&self, vm: &launcher::folders::VmName) -> HostFacts {
+        let functions = self.directives.iter().filter(|directive| directive[0] == "pci");
         let vdpa = self.directives.iter().filter(|words| words[0] == "vdpa");
         let scsi = ScsiTargets {
             driver: !self.says("no-vhost-scsi"),
             targets: (!self.says("no-configfs")).then(|| self.targets()),
         };
-        devices::host::HostFacts {
+        HostFacts {
+            run_dir: self.files(vm).dir().to_string_lossy().into_owned(),
+            pci: functions.map(|directive| function(directive)).collect(),
+            iommufd: self.says("iommufd"),
             vdpa: vdpa.map(|words| vdpa_device(words)).collect(),
             scsi: Some(scsi),
-            ..devices::host::HostFacts::default()
+            ..HostFacts::default()
         }
     }
 
@@ -250,8 +257,43 @@ pub fn all_good(results: impl IntoIterator<Item = Result<(), String>>) {
     assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
 }
 
+/// A function of the host, from the words of its directive.
+fn function(words: &[String]) -> (HostBdf, HostFunction) {
+    let words: Vec<&str> = words.iter().skip(1).map(String::as_str).collect();
+    let [bdf, ids, driver, group, more @ ..] = words.as_slice() else { panic!("{words:?}: too few") };
+    let hex = |text: &str| u16::from_str_radix(text, 16).expect("four hex digits");
+    let (vendor, device) = ids.split_once(':').expect("VENDOR:DEVICE");
+    let number = |text: &str| text.parse::<u32>().ok();
+    let mut function = HostFunction {
+        vendor: hex(vendor),
+        device: hex(device),
+        driver: (*driver != "-").then(|| (*driver).to_owned()),
+        group: number(group),
+        ..HostFunction::default()
+    };
+    let mut more = more.iter().copied();
+    while let Some(word) = more.next() {
+        let mut next = || more.next().expect("a word has what belongs to it");
+        match word {
+            "bridge" => function.bridge = true,
+            "uacce" => function.uacce = true,
+            "up" => function.up = true,
+            "held" => function.held_by = Some(next().to_owned()),
+            "pf" => (function.vfs_max, function.netdevs) = (number(next()), vec![next().to_owned()]),
+            "vf" => {
+                let pf = next().parse().expect("the address of a PF");
+                function.vf_of = number(next()).map(|index| (pf, index));
+                function.profile = Some(VfProfile::default());
+            }
+            "silent" => function.profile = None,
+            word => panic!("{word} is unknown"),
+        }
+    }
+    (bdf.parse().expect("an address"), function)
+}
+
 /// Looks at a device's image, as planning wants it.
-pub fn learn(host: &mut devices::host::HostFacts, device: &DeviceConfig) -> Result<(), ImageError> {
+pub fn learn(host: &mut HostFacts, device: &DeviceConfig) -> Result<(), ImageError> {
     // There are no snapshots, so what is written is what a config names.
     if let (Some(path), DeviceConfig::Disk(disk)) = (Question::subject(device), device) {
         let chain = image::chain(path, disk.format)?;

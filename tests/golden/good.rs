@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 
 use devices::disk::{Aio, Cache, Discard};
-use devices::host::HostFacts;
 use devices::layout::take_snapshot;
 use devices::retry::{AtTimeout, EngineWish, ErrorPolicy};
 use devices::spec::Numbers;
@@ -11,7 +10,6 @@ use devices::topology::Topology;
 use devices::{DeviceConfig, Layout, Moment, plan, plan_machine};
 use launcher::blueprint::Blueprint;
 use launcher::config::{VmConfig, read_device};
-use launcher::folders::VmName;
 use serde_json::{Value, json};
 
 use crate::case::{Case, all_good, compare, folder, learn, names};
@@ -31,6 +29,7 @@ struct Drawn {
 fn draw(case: &Case, qemu: &Recorded) -> Drawn {
     let config = VmConfig::read(&case.config).unwrap_or_else(|e| panic!("{}: {e}", case.name));
     let files = case.files(&config.name);
+    let facts = case.facts(&config.name);
     let own_uuid = config.uuid.is_none();
     let drawn = Blueprint::draw_for(
         config,
@@ -39,7 +38,7 @@ fn draw(case: &Case, qemu: &Recorded) -> Drawn {
         &case.host(),
         &files,
         &case.store(),
-        case.host_devices(),
+        facts,
     );
     let mut blueprint = drawn.unwrap_or_else(|e| panic!("{} for QEMU {}: {e}", case.name, qemu.version));
     if own_uuid {
@@ -70,11 +69,6 @@ fn pairs(words: &[String]) -> Vec<[String; 2]> {
     pairs
 }
 
-fn host_of(case: &Case, vm: &VmName) -> HostFacts {
-    let run_dir = case.files(vm).dir().to_string_lossy().into_owned();
-    HostFacts { run_dir, ..case.host_devices() }
-}
-
 /// Plans anew with files that count as block devices: a real one would need root.
 fn use_block_devices(case: &Case, blueprint: &mut Blueprint) {
     let devices = case.said("block");
@@ -82,7 +76,7 @@ fn use_block_devices(case: &Case, blueprint: &mut Blueprint) {
         return;
     }
     let config = &blueprint.config;
-    let mut host = host_of(case, &config.name);
+    let mut host = case.facts(&config.name);
     for device in &config.devices {
         learn(&mut host, device).expect("it was looked at before");
     }
@@ -100,7 +94,7 @@ fn use_block_devices(case: &Case, blueprint: &mut Blueprint) {
 fn hot_plugs(case: &Case, blueprint: &Blueprint) -> (Vec<Value>, String) {
     let (mut calls, mut text) = (Vec::new(), String::new());
     let mut show = |title: &str, config: &DeviceConfig, layout: &Layout| {
-        let mut host = host_of(case, &blueprint.config.name);
+        let mut host = case.facts(&blueprint.config.name);
         learn(&mut host, config).expect("it was looked at before");
         for layer in host.chains.values_mut().flatten() {
             layer.block_device =

@@ -37,6 +37,8 @@ pub(super) fn check(
         DeviceConfig::Nic(nic) => nic.check(id, shared_memory, qemu)?,
         DeviceConfig::Channel(channel) => channel.check(id, &host.run_dir)?,
         DeviceConfig::ScsiController(controller) => controller.check(id)?,
+        DeviceConfig::Vfio(vfio) => vfio.check(id)?,
+        DeviceConfig::Vf(vf) => vf.check(id)?,
         DeviceConfig::Serial(_) | DeviceConfig::VirtioSerial(_) | DeviceConfig::Iothread(_) => {}
     }
     for path in config.clone().paths_mut() {
@@ -71,6 +73,8 @@ pub(super) fn seat(config: &DeviceConfig) -> Option<Seat> {
     Some(match config {
         DeviceConfig::Disk(disk) => disk.seat(),
         DeviceConfig::Nic(nic) => Seat::Pci(nic.seat.clone()),
+        DeviceConfig::Vfio(vfio) => Seat::Pci(vfio.seat.clone()),
+        DeviceConfig::Vf(vf) => Seat::Pci(vf.seat.clone()),
         DeviceConfig::ScsiController(controller) => Seat::Pci(controller.seat.clone()),
         DeviceConfig::VirtioSerial(controller) => Seat::Pci(controller.seat.clone()),
         DeviceConfig::Serial(serial) => serial.seat(),
@@ -95,6 +99,8 @@ pub(super) fn needs(
         DeviceConfig::Vdpa(vdpa) => storage.vdpa.iter().flat_map(|device| vdpa.needs(id, device)).collect(),
         DeviceConfig::VhostScsi(scsi) => scsi.needs(id),
         DeviceConfig::Serial(_)
+        | DeviceConfig::Vfio(_)
+        | DeviceConfig::Vf(_)
         | DeviceConfig::ScsiController(_)
         | DeviceConfig::VirtioSerial(_)
         | DeviceConfig::Iothread(_) => Vec::new(),

@@ -46,6 +46,7 @@ impl Layout {
             DeviceConfig::Disk(disk) => disk.target = Some(self.label(id, disk)?),
             DeviceConfig::Nic(nic) => nic.mac = Some(self.mac(id, nic.mac)?),
             DeviceConfig::Vdpa(vdpa) if vdpa.is_nic() => vdpa.mac = Some(self.mac(id, vdpa.mac)?),
+            DeviceConfig::Vf(vf) if !vf.null_mac => vf.mac = Some(self.mac(id, vf.mac)?),
             _ => {}
         }
         Ok(())

@@ -53,7 +53,8 @@ pub enum TopologyError {
     },
     /// A function of a slot that the guest would not look for.
     #[error(
-        "seat {address} is not function 0: a guest looks for the others only in a device of several functions; write {bus}:{slot:02x}.0"
+        "seat {address} is not function 0: a guest looks for the others only in a device of several functions; write {bus}:{slot:02x}.0, or on \
+         pcie.0 put a [[vfio]] with multifunction = true there first"
     )]
     NotFunctionZero {
         /// The wish.

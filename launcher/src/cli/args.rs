@@ -1,4 +1,6 @@
-//! The words of the command line.
+//! The words of the command line; those of `qvirt host` are in `args/host.rs`.
+
+mod host;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,9 +11,9 @@ use devices::host::Format;
 use devices::retry::AtTimeout;
 use devices::units::{Millis, Size};
 
-use super::vdpa::Vdpa;
+pub use host::{Host, VfChange};
+
 use crate::folders::VmName;
-use crate::host::pci::Class;
 use crate::snapshot::SnapshotName;
 
 const EXIT_CODES: &str = "\
@@ -209,47 +211,6 @@ pub enum Command {
     /// Serve an image over NBD, and try again what fails; an owner starts one for each disk that wants it
     #[command(hide = true)]
     IoProxy(IoProxy),
-}
-
-#[derive(Debug, Subcommand)]
-pub enum Host {
-    /// List PCI devices: driver, IOMMU group, NUMA node, physical and virtual functions, network interfaces, and who holds them
-    Pci {
-        /// Only devices of this class
-        #[arg(long)]
-        class: Option<Class>,
-        /// Only virtual functions
-        #[arg(long)]
-        vfs: bool,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
-    /// List USB devices: bus, number, ports, speed, ids, serial number, and who holds them
-    Usb {
-        /// Then tell of every device that comes or goes, until it is interrupted
-        #[arg(long)]
-        follow: bool,
-        /// Print JSON; of what comes and goes an object a line
-        #[arg(long)]
-        json: bool,
-    },
-    /// vDPA devices: show them and who holds them, make and delete them
-    Vdpa {
-        #[command(subcommand)]
-        command: Option<Vdpa>,
-        /// Print JSON
-        #[arg(long, global = true)]
-        json: bool,
-    },
-    /// List IOMMU groups: their members, whether they can be given to a VM, and if not, which member is in the way
-    Iommu {
-        /// Only this group
-        group: Option<u32>,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -572,6 +533,12 @@ pub struct DeviceChoice {
     /// A vhost-scsi target of the host: wwpn=naa.5001405bd4e8dead
     #[arg(long, value_name = "KEY=VALUE,...")]
     pub vhost_scsi: Option<String>,
+    /// A PCI function of the host: host=0000:04:10.1,managed=false,rom=off,group=true
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub vfio: Option<String>,
+    /// A virtual function of a network card: host=0000:06:11.6 | pf=eth0, mac=...,vlan=7,rate_max=100Mbit
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    pub vf: Option<String>,
 }
 
 /// Where a change applies.

@@ -158,6 +158,8 @@ fn chosen(choice: &DeviceChoice) -> Result<DeviceConfig, Problem> {
         ("scsi_controller", &choice.scsi_controller),
         ("vdpa", &choice.vdpa),
         ("vhost_scsi", &choice.vhost_scsi),
+        ("vfio", &choice.vfio),
+        ("vf", &choice.vf),
     ];
     let folder = std::env::current_dir()?;
     match (&choice.file, flags.into_iter().find_map(|(table, text)| Some((table, text.as_ref()?)))) {

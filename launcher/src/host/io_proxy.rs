@@ -19,7 +19,7 @@ use tracing::info;
 
 use super::need::NeedError;
 use crate::locks::{LockError, OfdLock, probe};
-use crate::process::{Identity, Process, Spawn, last_lines};
+use crate::process::{Identity, Memlock, Process, Spawn, last_lines};
 
 /// How long it may take to serve. It gives its image up earlier and says so.
 const STARTING: Duration = Duration::from_secs(10);
@@ -51,7 +51,7 @@ pub(super) fn start(id: &DeviceId, plan: &IoProxy, log: &Path) -> Result<(), Nee
             args: arguments(id, plan),
             inherit: vec![lock.as_fd()],
             log,
-            rlimit_memlock: None,
+            memlock: Memlock::Inherited,
             env: Vec::new(),
         };
         let process = spawn.start()?;

@@ -26,6 +26,7 @@ pub use self::name::{BadLinkName, LinkName};
 
 pub mod ack;
 mod name;
+pub mod vf;
 
 #[cfg(test)]
 mod tests;

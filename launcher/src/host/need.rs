@@ -8,6 +8,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use devices::bdf::HostBdf;
 use devices::host::{Access, HostNeed, Switch};
 use devices::units::Mac;
 use devices::{DeviceId, Placed};
@@ -17,8 +18,10 @@ use super::io_proxy;
 use super::link::{self, BadLinkName, LinkError, LinkName};
 use super::ovs::{NewPort, Ovs, OvsError};
 use super::scsi_target::{self, ScsiTargetError};
+use super::sysfs::Sysfs;
 use super::tap::{self, Create, TapError};
 use super::vdpa::{self, NewDevice, VdpaError};
+use super::vfio::{self, Movable, VfioError};
 use super::vhost::{VhostError, open_vhost_net};
 use crate::folders::VmName;
 use crate::lease::{Holder, LeaseError, LeaseKey, Leases, Mode, look};
@@ -61,6 +64,9 @@ pub enum NeedError {
     /// vhost-scsi.
     #[error(transparent)]
     VhostScsi(#[from] ScsiTargetError),
+    /// A PCI function.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
     /// Something that is no socket lies where QEMU would make one, and QEMU would remove it.
     #[error("{} exists and is no socket: move it away, or give the channel another `path`", path.display())]
     NoSocket {
@@ -118,6 +124,9 @@ impl NeedError {
             self,
             NeedError::Lease(Held { .. })
                 | NeedError::Vdpa(Busy { .. } | Exists { .. } | InUse { .. } | NoMgmtdev { .. })
+                | NeedError::Vfio(
+                    VfioError::Busy { .. } | VfioError::VfInUse { .. } | VfioError::Down { .. }
+                )
         )
     }
 }
@@ -172,6 +181,20 @@ impl Host {
                 let log = self.state_dir.join(format!("{id}-io-proxy.log"));
                 io_proxy::start(id, plan, &log).map(|()| Vec::new())
             }
+            HostNeed::Function { host, group, .. } => {
+                self.lease_function(id, *host, *group).map(|()| Vec::new())
+            }
+            HostNeed::Driver { host, before, override_before } => {
+                let sysfs = Sysfs::default();
+                let function = Movable::find(&sysfs, *host)?;
+                self.vfs_are_free(*host, &function.vfs())?;
+                function.bind(before.as_deref(), override_before.as_deref())?;
+                Ok(Vec::new())
+            }
+            HostNeed::VfProfile { pf, index, wanted, .. } => {
+                vfio::set_profile(&Sysfs::default(), *pf, *index, wanted)?;
+                Ok(Vec::new())
+            }
         }
     }
 
@@ -189,7 +212,7 @@ impl Host {
                 }
                 Ok(self.leases.release(&key, &self.vm, id.as_str())?)
             }
-            HostNeed::Image { .. } | HostNeed::VhostScsi { .. } => {
+            HostNeed::Image { .. } | HostNeed::VhostScsi { .. } | HostNeed::Function { .. } => {
                 Ok(self.leases.release_device(&self.vm, &self.run_dir, id.as_str())?)
             }
             HostNeed::Tap { name, switch: Some(switch), .. } if switch.openvswitch => {
@@ -203,6 +226,17 @@ impl Host {
             HostNeed::Tap { .. } | HostNeed::VhostNet { .. } => Ok(()),
             HostNeed::IoProxy(plan) => io_proxy::end(id, plan),
             HostNeed::Socket { path } => remove_socket(Path::new(path)),
+            HostNeed::Driver { host, before, override_before } => {
+                let sysfs = Sysfs::default();
+                match Movable::find(&sysfs, *host) {
+                    // Its card was pulled, or its virtual functions were switched off.
+                    Err(VfioError::NoDevice { .. }) => Ok(()),
+                    function => Ok(function?.give_back(before.as_deref(), override_before.as_deref())?),
+                }
+            }
+            HostNeed::VfProfile { pf, index, before, wanted } => {
+                Ok(vfio::restore_profile(&Sysfs::default(), *pf, *index, before, wanted)?)
+            }
         }
     }
 
@@ -237,6 +271,34 @@ impl Host {
     fn lease_exclusively(&self, id: &DeviceId, key: LeaseKey, name: &str) -> Result<(), NeedError> {
         let holder = Holder::new(&self.vm, &self.run_dir, id.as_str(), name);
         Ok(self.leases.acquire(&key, Mode::Exclusive, holder, look)?)
+    }
+
+    /// Leases a function and its group. A group that another device of this VM has is open in its QEMU already.
+    fn lease_function(&self, id: &DeviceId, host: HostBdf, group: u32) -> Result<(), NeedError> {
+        let key = LeaseKey::IommuGroup { number: group };
+        let mine = self.leases.held_by(&self.vm, &self.run_dir)?;
+        let is_new = !mine.iter().any(|(held, _, _)| *held == key);
+        let holder = || Holder::new(&self.vm, &self.run_dir, id.as_str(), &host.to_string());
+        self.leases.acquire(&LeaseKey::Pci { address: host.to_string() }, Mode::Exclusive, holder(), look)?;
+        self.leases.acquire(&key, Mode::Exclusive, holder(), look)?;
+        // After the leases, whose holders have better names.
+        if is_new {
+            vfio::group_is_free(group)?;
+        }
+        Ok(())
+    }
+
+    /// A physical function takes its virtual ones along when it leaves its driver.
+    fn vfs_are_free(&self, host: HostBdf, vfs: &[HostBdf]) -> Result<(), NeedError> {
+        if vfs.is_empty() {
+            return Ok(());
+        }
+        let users = vfio::Users::find(&self.leases);
+        let group = |vf: &HostBdf| Sysfs::default().iommu_group_of(*vf);
+        match vfs.iter().find_map(|vf| Some((*vf, users.of(*vf, group(vf))?.to_owned()))) {
+            Some((vf, holder)) => Err(VfioError::VfInUse { host, vf, holder }.into()),
+            None => Ok(()),
+        }
     }
 
     fn plug(

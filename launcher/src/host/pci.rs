@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::{fs, io};
 
 use devices::bdf::HostBdf;
+use devices::passthrough::is_of_the_host;
 use serde::Serialize;
 use thiserror::Error;
 
@@ -83,6 +84,11 @@ impl Sysfs {
         Ok(devices)
     }
 
+    /// The IOMMU group of a function.
+    pub fn iommu_group_of(&self, bdf: HostBdf) -> Option<u32> {
+        link(&self.path("bus/pci/devices").join(bdf.to_string()).join("iommu_group"))?.parse().ok()
+    }
+
     fn pci_device(&self, bdf: HostBdf) -> Option<PciDevice> {
         let folder = self.path("bus/pci/devices").join(bdf.to_string());
         let text = |name: &str| text(&folder.join(name));
@@ -126,9 +132,6 @@ impl Sysfs {
     }
 }
 
-/// Drivers that hold a device for nobody.
-const PASSIVE: [&str; 2] = ["pci-stub", "pcieport"];
-
 impl PciDevice {
     /// Whether it is a bridge between PCI buses: the kernel lets these stay with the host.
     pub fn is_bridge(&self) -> bool {
@@ -151,8 +154,7 @@ impl IommuGroup {
     pub fn in_the_way(&self) -> impl Iterator<Item = (&PciDevice, &str)> {
         let held = self.members.iter().filter(|member| !member.is_bridge());
         held.filter_map(|member| Some((member, member.driver.as_deref()?)))
-            // Vendors have VFIO drivers of their own: `mlx5_vfio_pci`.
-            .filter(|(_, driver)| !PASSIVE.contains(driver) && !driver.contains("vfio"))
+            .filter(|(_, driver)| is_of_the_host(driver))
     }
 }
 
@@ -190,14 +192,14 @@ impl Class {
 }
 
 /// Of the device, or of the virtio device in it.
-fn netdevs(folder: &Path) -> Vec<String> {
+pub(super) fn netdevs(folder: &Path) -> Vec<String> {
     let virtio = names(folder).into_iter().filter(|name| name.starts_with("virtio"));
     let folders = std::iter::once(folder.to_owned()).chain(virtio.map(|name| folder.join(name)));
     folders.flat_map(|folder| names(&folder.join("net"))).collect()
 }
 
 /// `virtfn0` and so on, by number and not by name: `virtfn10` is after `virtfn9`.
-fn virtual_functions(folder: &Path) -> Vec<HostBdf> {
+pub(super) fn virtual_functions(folder: &Path) -> Vec<HostBdf> {
     let numbered = names(folder).into_iter().filter_map(|name| {
         let index: u32 = name.strip_prefix("virtfn")?.parse().ok()?;
         Some((index, link(&folder.join(&name))?.parse().ok()?))

@@ -19,7 +19,8 @@ use super::media::Changed;
 use super::snapshot::Taken;
 use super::{Finished, Owner, Reply, not_now};
 use crate::examine::{Question, examine};
-use crate::host::{scsi_target, vdpa};
+use crate::host::need::Host;
+use crate::host::{scsi_target, vdpa, vfio};
 use crate::launch::images;
 use crate::record::{Entry, Stage};
 use crate::request::{
@@ -33,7 +34,7 @@ use crate::{quirks, users};
 /// Work that waits for the workshop, or for what must be known first.
 #[derive(Debug)]
 pub(super) enum Job {
-    /// Look at the images of a device to attach; storage may hang, so not in the owner's task.
+    /// Look at what a device to attach needs of the host; storage may hang, so not in the owner's task.
     Facts(Box<Attach>, Reply),
     /// Plan a device and make it.
     Attach(Box<Attach>, HostFacts, Reply),
@@ -159,30 +160,23 @@ impl Owner {
 
     fn gather_facts(&mut self, attach: Box<Attach>, reply: Reply) {
         let Some(host) = self.shop.as_ref().map(|shop| Arc::clone(&shop.host)) else { return };
-        let (run_dir, store) = (host.run_dir.clone(), host.store());
-        let mut facts = HostFacts { run_dir: run_dir.to_string_lossy().into_owned(), ..HostFacts::default() };
-        let Some(question) = Question::of(&attach.device, &store) else {
-            if !matches!(attach.device, DeviceConfig::Vdpa(_) | DeviceConfig::VhostScsi(_)) {
-                return self.queue.push_front(Job::Attach(attach, facts, reply));
-            }
-            self.jobs.spawn(async move {
-                let facts = with_devices(facts, attach.device.clone()).await;
-                Finished::Facts(attach, facts, reply)
-            });
-            return;
-        };
+        let store = host.store();
+        let run_dir = host.run_dir.to_string_lossy().into_owned();
+        let facts = HostFacts { run_dir, ..HostFacts::default() };
+        let question = Question::of(&attach.device, &store);
+        if question.is_none() && !stands_on_a_device(&attach.device) {
+            return self.queue.push_front(Job::Attach(attach, facts, reply));
+        }
         self.jobs.spawn(async move {
-            let answer =
-                examine(std::slice::from_ref(&question)).await.into_iter().collect::<Result<Vec<_>, _>>();
-            let facts = answer.map_err(|words| Failure::new(Class::Refused, words)).map(|chains| {
-                facts.chains.extend(chains.into_iter().map(|chain| (question.path().to_owned(), chain)));
-                facts
-            });
+            let facts = match question {
+                Some(question) => with_chain(facts, &question).await,
+                None => with_devices(facts, attach.device.clone(), host).await,
+            };
             Finished::Facts(attach, facts, reply)
         });
     }
 
-    /// The images were looked at, or could not be.
+    /// The host was looked at, or could not be.
     pub(super) fn on_facts(&mut self, attach: Box<Attach>, facts: Result<HostFacts, Failure>, reply: Reply) {
         match facts {
             Ok(facts) => self.queue.push_back(Job::Attach(attach, facts, reply)),
@@ -247,15 +241,24 @@ impl Owner {
             let _ = reply.send(Err(Failure::of(Class::Refused, &refusal)));
             return;
         }
+        // What came with it leaves with it, and nobody waits for that.
+        let present = |other: &&Placed| !self.departures.contains_key(&other.id);
+        let companions: Vec<Placed> = self.layout.companions(&placed).filter(present).cloned().collect();
+        companions.iter().for_each(|other| self.depart(other, Departure::new()));
         let mut departure = Departure::new();
         departure.waiting.push((deadline, reply));
-        self.layout.topology_mut().leaving(&placed.id);
-        self.stages.insert(placed.id.clone(), Stage::Leaving);
+        self.depart(&placed, departure);
+    }
+
+    fn depart(&mut self, placed: &Placed, mut departure: Departure) {
+        let id = placed.id.clone();
+        self.layout.topology_mut().leaving(&id);
+        self.stages.insert(id.clone(), Stage::Leaving);
         let has_frontend = placed.spec.frontend.is_some();
         departure.clearing = !has_frontend;
-        self.departures.insert(placed.id.clone(), departure);
-        self.tend(&placed.id);
-        self.queue.push_back(if has_frontend { Job::Ask(placed.id) } else { Job::Clear(placed.id) });
+        self.departures.insert(id.clone(), departure);
+        self.tend(&id);
+        self.queue.push_back(if has_frontend { Job::Ask(id) } else { Job::Clear(id) });
     }
 
     /// Takes the workshop back, and what came of the work.
@@ -481,14 +484,24 @@ impl Owner {
     }
 }
 
-/// Adds what is known of the host's devices that a device wants; the kernel may be busy with one.
-async fn with_devices(mut facts: HostFacts, device: DeviceConfig) -> Result<HostFacts, Failure> {
+/// Whether planning it needs to know what the host has.
+fn stands_on_a_device(device: &DeviceConfig) -> bool {
+    matches!(device, DeviceConfig::Vdpa(_) | DeviceConfig::VhostScsi(_)) || vfio::is_passthrough(device)
+}
+
+/// Looking at the open files of all processes takes a while, and so may netlink.
+async fn with_devices(
+    mut facts: HostFacts,
+    device: DeviceConfig,
+    host: Arc<Host>,
+) -> Result<HostFacts, Failure> {
     let learning = tokio::task::spawn_blocking(move || {
         vdpa::learn(&mut facts, [&device]);
         scsi_target::learn(&mut facts, [&device]);
-        facts
+        let learned = vfio::learn(&mut facts, [&device], &host.leases);
+        learned.map(|()| facts).map_err(|error| Failure::of(Class::Refused, &error))
     });
-    learning.await.map_err(|error| Failure::of(Class::Generic, &error))
+    learning.await.unwrap_or_else(|error| Err(Failure::of(Class::Generic, &error)))
 }
 
 fn answer_all(departure: Departure, outcome: &Detached) {
@@ -498,7 +511,8 @@ fn answer_all(departure: Departure, outcome: &Detached) {
 }
 
 fn attached(parts: &[Placed], commands: Vec<Value>) -> Value {
-    let Some((device, controllers)) = parts.split_last() else { return Value::Null };
+    let (controllers, devices): (Vec<&Placed>, Vec<&Placed>) = parts.iter().partition(|part| part.on_demand);
+    let Some(device) = devices.first() else { return Value::Null };
     json!(Attached {
         id: device.id.to_string(),
         label: device.label().map(ToString::to_string),
@@ -517,4 +531,13 @@ pub(super) fn is_open(error: &StepError) -> bool {
 /// Whether a step failed because somebody else has the thing: nothing was tried on the VM then.
 pub(super) fn is_refusal(error: &StepError) -> bool {
     matches!(error, StepError::Host(error) if error.is_refusal())
+}
+
+async fn with_chain(mut facts: HostFacts, question: &Question) -> Result<HostFacts, Failure> {
+    let answers = examine(std::slice::from_ref(question)).await;
+    for answer in answers {
+        let chain = answer.map_err(|words| Failure::new(Class::Refused, words))?;
+        facts.chains.insert(question.path().to_owned(), chain);
+    }
+    Ok(facts)
 }

@@ -31,11 +31,21 @@ pub struct Spawn<'a> {
     pub inherit: Vec<BorrowedFd<'a>>,
     /// Takes stdout and stderr; rotated first.
     pub log: &'a Path,
-    /// How many bytes it may lock in memory; `None` leaves the limit as it is, which also holds where it is
-    /// high enough.
-    pub rlimit_memlock: Option<u64>,
+    /// How many bytes it may lock in memory; a limit that is high enough stays as it is.
+    pub memlock: Memlock,
     /// Variables beside those of this process.
     pub env: Vec<(OsString, OsString)>,
+}
+
+/// How many bytes a program may lock in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memlock {
+    /// As many as this process.
+    Inherited,
+    /// So many, or as near to that as this user may go.
+    Wanted(u64),
+    /// So many: without them it is not started.
+    Needed(u64),
 }
 
 /// Why a program did not start.
@@ -111,7 +121,8 @@ impl Spawn<'_> {
         let mut command = Command::new(self.binary);
         command.args(&self.args).envs(self.env.iter().map(|(name, value)| (name, value))).current_dir("/");
         command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
-        prepare_child(&mut command, &self.inherit, memlock);
+        let is_needed = matches!(self.memlock, Memlock::Needed(_));
+        prepare_child(&mut command, &self.inherit, memlock, is_needed);
         // The standard library gives the child an empty signal mask and the default SIGPIPE.
         let child = command.spawn().map_err(|source| self.explain(source, memlock))?;
 
@@ -129,9 +140,9 @@ impl Spawn<'_> {
 
     /// The soft and hard limit to set, if the present soft one is not enough.
     fn memlock(&self) -> io::Result<Option<(rlim_t, rlim_t)>> {
-        let Some(wanted) = self.rlimit_memlock else { return Ok(None) };
+        let (Memlock::Wanted(bytes) | Memlock::Needed(bytes)) = self.memlock else { return Ok(None) };
         let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
-        Ok((wanted > soft).then_some((wanted, hard.max(wanted))))
+        Ok((bytes > soft).then_some((bytes, hard.max(bytes))))
     }
 
     fn explain(&self, source: io::Error, memlock: Option<(rlim_t, rlim_t)>) -> SpawnError {
@@ -150,7 +161,12 @@ impl Spawn<'_> {
 
 /// What happens between fork and exec.
 #[allow(unsafe_code)]
-fn prepare_child(command: &mut Command, inherit: &[BorrowedFd<'_>], memlock: Option<(rlim_t, rlim_t)>) {
+fn prepare_child(
+    command: &mut Command,
+    inherit: &[BorrowedFd<'_>],
+    memlock: Option<(rlim_t, rlim_t)>,
+    is_needed: bool,
+) {
     let inherit: Vec<_> = inherit.iter().map(AsRawFd::as_raw_fd).collect();
     // SAFETY: the child of a process that may have threads may only make async-signal-safe calls: these are
     // system calls only, and nothing allocates (an `io::Error` made from an errno does not). `Spawn` borrows
@@ -166,8 +182,15 @@ fn prepare_child(command: &mut Command, inherit: &[BorrowedFd<'_>], memlock: Opt
                 libc::c_uint::MAX,
                 libc::CLOSE_RANGE_CLOEXEC,
             );
-            if let Some((soft, hard)) = memlock {
-                setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard)?;
+            if let Some((soft, hard)) = memlock
+                && let Err(refused) = setrlimit(Resource::RLIMIT_MEMLOCK, soft, hard)
+            {
+                if is_needed {
+                    return Err(refused.into());
+                }
+                // Root in a container, say, may not go past the hard limit.
+                let (_, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
+                setrlimit(Resource::RLIMIT_MEMLOCK, soft.min(hard), hard)?;
             }
             for number in &inherit {
                 fcntl(BorrowedFd::borrow_raw(*number), FcntlArg::F_SETFD(FdFlag::empty()))?;

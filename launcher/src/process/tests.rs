@@ -31,14 +31,14 @@ impl Running {
     }
 }
 
-fn sh(script: &str, inherit: Vec<BorrowedFd<'_>>, rlimit_memlock: Option<u64>) -> Running {
+fn sh(script: &str, inherit: Vec<BorrowedFd<'_>>, memlock: Memlock) -> Running {
     let temp = tempfile::tempdir().expect("a folder");
     let spawn = Spawn {
         binary: &find_binary(Path::new("sh")).expect("sh"),
         args: vec!["-c".into(), script.into()],
         inherit,
         log: &temp.path().join("qemu.log"),
-        rlimit_memlock,
+        memlock,
         env: vec![("QVIRT_TEST".into(), "set".into())],
     };
     Running { process: spawn.start().expect("started"), temp }
@@ -46,13 +46,13 @@ fn sh(script: &str, inherit: Vec<BorrowedFd<'_>>, rlimit_memlock: Option<u64>) -
 
 #[tokio::test]
 async fn exits_are_told_as_they_were() {
-    let failing = sh("echo out; echo why >&2; exit 3", vec![], None);
+    let failing = sh("echo out; echo why >&2; exit 3", vec![], Memlock::Inherited);
     assert_eq!(failing.exit().await, Exit::Status(3));
     assert_eq!(failing.exit().await.to_string(), "exited with status 3", "asked twice, told twice");
     assert_eq!(last_lines(&failing.log(), 5), "out\nwhy");
     assert!(!failing.process.signal(Signal::SIGTERM).expect("gone is no error"));
 
-    let killed = sh("exec sleep 60", vec![], None);
+    let killed = sh("exec sleep 60", vec![], Memlock::Inherited);
     assert_eq!(killed.process.try_exited(), None);
     let exit = killed.process.kill(PATIENCE).await.expect("ours").expect("it ends");
     assert_eq!(exit.to_string(), "killed by signal 9 (SIGKILL)");
@@ -67,7 +67,7 @@ async fn the_child_is_alone_and_inherits_exactly_what_it_is_given() {
     // A descriptor that whoever started us forgot: not close-on-exec.
     let stray = rustix::io::fcntl_dupfd_cloexec(&kept, 0).expect("a copy");
     rustix::io::fcntl_setfd(&stray, rustix::io::FdFlags::empty()).expect("ours");
-    let child = sh("echo $QVIRT_TEST; exec sleep 60", vec![given.as_fd()], None);
+    let child = sh("echo $QVIRT_TEST; exec sleep 60", vec![given.as_fd()], Memlock::Inherited);
 
     let proc = PathBuf::from(format!("/proc/{}", child.process.pid()));
     let end = std::time::Instant::now() + PATIENCE;
@@ -106,7 +106,7 @@ async fn the_life_lock_passes_to_the_child() {
     let temp = tempfile::tempdir().expect("a folder");
     let life = temp.path().join("life");
     let lock = OfdLock::try_acquire(&life).expect("usable").expect("free");
-    let child = sh("exec sleep 60", vec![lock.as_fd()], None);
+    let child = sh("exec sleep 60", vec![lock.as_fd()], Memlock::Inherited);
     drop(lock);
     assert!(probe(&life).expect("probed"), "the child holds it");
     child.process.kill(PATIENCE).await.expect("ours").expect("it ends");
@@ -121,7 +121,7 @@ async fn the_life_lock_passes_to_the_child() {
 #[tokio::test]
 async fn a_process_that_is_no_child_is_adopted_and_its_end_seen() {
     // The grandchild's parent ends at once, so it is init's.
-    let parent = sh("sleep 60 & echo $!", vec![], None);
+    let parent = sh("sleep 60 & echo $!", vec![], Memlock::Inherited);
     assert!(parent.exit().await.success());
     let pid: u32 = last_lines(&parent.log(), 1).parse().expect("a pid");
     let identity = Identity::of(pid).expect("it runs");
@@ -140,7 +140,7 @@ async fn a_process_that_is_no_child_is_adopted_and_its_end_seen() {
 
 #[tokio::test]
 async fn a_dropped_wait_harms_nobody() {
-    let child = sh("read line < /dev/null; sleep 0.2; exit 7", vec![], None);
+    let child = sh("read line < /dev/null; sleep 0.2; exit 7", vec![], Memlock::Inherited);
     tokio::time::timeout(Duration::from_millis(1), child.process.exited()).await.expect_err("still running");
     let (one, two) = tokio::join!(child.exit(), child.exit());
     assert_eq!((one, two), (Exit::Status(7), Exit::Status(7)));
@@ -152,7 +152,7 @@ async fn the_memory_lock_limit_is_the_childs_alone() {
         nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK).expect("readable");
     // Within the hard limit no privilege is needed, so this runs as any user.
     let wanted = if soft < hard { soft + 4096 } else { soft };
-    let child = sh("grep 'Max locked memory' /proc/self/limits", vec![], Some(wanted));
+    let child = sh("grep 'Max locked memory' /proc/self/limits", vec![], Memlock::Needed(wanted));
     assert!(child.exit().await.success());
     let line = last_lines(&child.log(), 1);
     let expected = if wanted == u64::MAX { "unlimited".into() } else { wanted.to_string() };
@@ -163,13 +163,31 @@ async fn the_memory_lock_limit_is_the_childs_alone() {
     );
 }
 
+/// No user may go past the hard limit but one with CAP_SYS_RESOURCE: what is only wanted goes as far as it can.
+#[tokio::test]
+async fn memory_that_is_only_wanted_keeps_nobody_from_starting() {
+    let (_, hard) =
+        nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_MEMLOCK).expect("readable");
+    let child = sh("ulimit -l", vec![], Memlock::Wanted(u64::MAX >> 1));
+    assert!(child.exit().await.success(), "it runs");
+    let said = last_lines(&child.log(), 1);
+    let kib = said.trim().parse::<u64>().unwrap_or(u64::MAX);
+    assert!(kib >= hard >> 10, "{said} KiB of {hard} bytes");
+}
+
 #[tokio::test]
 async fn what_cannot_start_says_why() {
     let temp = tempfile::tempdir().expect("a folder");
     let log = temp.path().join("qemu.log");
     let start = |binary: &Path| {
-        let spawn =
-            Spawn { binary, args: vec![], inherit: vec![], log: &log, rlimit_memlock: None, env: vec![] };
+        let spawn = Spawn {
+            binary,
+            args: vec![],
+            inherit: vec![],
+            log: &log,
+            memlock: Memlock::Inherited,
+            env: vec![],
+        };
         spawn.start().expect_err("it cannot start")
     };
     assert!(matches!(start(Path::new("/nonexistent/qemu")), SpawnError::NoBinary { .. }));
@@ -182,7 +200,7 @@ async fn what_cannot_start_says_why() {
         args: vec![],
         inherit: vec![],
         log: nowhere,
-        rlimit_memlock: None,
+        memlock: Memlock::Inherited,
         env: vec![],
     };
     let error = spawn.start().expect_err("no log").to_string();

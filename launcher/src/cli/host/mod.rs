@@ -1,4 +1,6 @@
-//! `qvirt host`: what this host has to give to VMs. Asks the host, not an owner, and changes nothing.
+//! `qvirt host`: what this host has to give to VMs, and making it ready for that (`change`). Asks the host, not an owner.
+
+mod change;
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -37,6 +39,10 @@ pub async fn host(command: Host) -> Result<Exit, Problem> {
         Host::Pci { class, vfs, json } => pci(class, vfs, json),
         Host::Iommu { group, json } => iommu(group, json),
         Host::Vdpa { command, json } => vdpa(command, json),
+        Host::Bind { bdf, dry_run, json } => change::bind(&bdf, dry_run, json),
+        Host::Unbind { bdf, dry_run, json } => change::unbind(&bdf, dry_run, json),
+        Host::Sriov { pf, vfs, dry_run, json } => change::sriov(&pf, vfs, dry_run, json),
+        Host::Vf(wish) => change::vf(&wish),
         Host::Usb { follow, json } => {
             // From before the list, so that nothing is missed in between.
             let word = if follow { Some(Uevents::listen()?) } else { None };

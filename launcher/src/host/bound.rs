@@ -1,0 +1,118 @@
+//! Functions that `qvirt host bind` has taken from their drivers, and what they had: written down before it is done, and gone with the boot, as the
+//! bindings are.
+
+use std::fs;
+use std::path::PathBuf;
+
+use devices::bdf::HostBdf;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::vfio::{DRIVER, Movable, VfioError};
+use crate::folders::{Folders, WriteError, make_private, write_volatile};
+use crate::process::BootId;
+
+/// Why a function was not moved.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum BoundError {
+    #[error(transparent)]
+    Move(#[from] VfioError),
+    #[error("what {host} had could not be written down, so it was not moved")]
+    Write { host: HostBdf, source: WriteError },
+    #[error("the folder of what was bound")]
+    Folder(#[from] crate::folders::FoldersError),
+    #[error("this boot has no id: is /proc mounted?")]
+    Boot(#[from] std::io::Error),
+    #[error("{host} is not bound to {DRIVER}: {}", has(.found))]
+    NotBound { host: HostBdf, found: Option<String> },
+}
+
+fn has(driver: &Option<String>) -> String {
+    driver.as_ref().map_or_else(|| "it has no driver".to_owned(), |driver| format!("it has {driver}"))
+}
+
+/// What a function had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Before {
+    boot: BootId,
+    driver: Option<String>,
+    driver_override: Option<String>,
+}
+
+/// The notes.
+pub struct Bound {
+    folder: PathBuf,
+    boot: BootId,
+}
+
+impl Bound {
+    /// Those of this user.
+    ///
+    /// # Errors
+    /// Their folder cannot be made.
+    pub fn open(folders: &Folders) -> Result<Bound, BoundError> {
+        folders.make()?;
+        // A dot first: no VM is called so.
+        let folder = folders.run.join(".host");
+        make_private(&folder)?;
+        Ok(Bound { folder, boot: BootId::current()? })
+    }
+
+    /// Binds a function to vfio-pci.
+    ///
+    /// # Errors
+    /// It has what it had.
+    pub fn bind(&self, function: &Movable<'_>) -> Result<(), BoundError> {
+        let (driver, driver_override) = (function.driver(), function.driver_override());
+        if driver.as_deref() == Some(DRIVER) {
+            return Ok(());
+        }
+        let before = Before { boot: self.boot.clone(), driver, driver_override };
+        let host = function.host();
+        let text = serde_json::to_vec(&before).expect("a struct of texts is JSON");
+        write_volatile(&self.path(host), &text).map_err(|source| BoundError::Write { host, source })?;
+        let bound = function.bind(before.driver.as_deref(), before.driver_override.as_deref());
+        Ok(bound.inspect_err(|_| self.forget(host))?)
+    }
+
+    /// Gives a function back to the driver that it had; where that is not known, to the one that the kernel finds for it.
+    ///
+    /// # Errors
+    /// It is not bound, or its driver does not take it.
+    pub fn unbind(&self, function: &Movable<'_>) -> Result<(), BoundError> {
+        let (host, found) = (function.host(), function.driver());
+        if found.as_deref() != Some(DRIVER) {
+            return Err(BoundError::NotBound { host, found });
+        }
+        match self.before(host) {
+            Some(before) => {
+                function.give_back(before.driver.as_deref(), before.driver_override.as_deref())?
+            }
+            None => function.give_to_anyone()?,
+        }
+        self.forget(host);
+        Ok(())
+    }
+
+    /// The driver that a function would get back; `None` if that is not known.
+    pub fn driver_before(&self, host: HostBdf) -> Option<Option<String>> {
+        self.before(host).map(|before| before.driver)
+    }
+
+    fn before(&self, host: HostBdf) -> Option<Before> {
+        let text = fs::read(self.path(host)).ok()?;
+        serde_json::from_slice(&text).ok().filter(|before: &Before| before.boot == self.boot)
+    }
+
+    fn forget(&self, host: HostBdf) {
+        // One that stays is of a binding that is no more, and is written anew with the next.
+        let _ = fs::remove_file(self.path(host));
+        // While there are others, this fails.
+        let _ = fs::remove_dir(&self.folder);
+    }
+
+    fn path(&self, host: HostBdf) -> PathBuf {
+        self.folder.join(format!("bound-{host}.json"))
+    }
+}
