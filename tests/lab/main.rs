@@ -1,7 +1,7 @@
 //! Tests in the hardware lab: each is sent into the lab host and runs there as root (see `tests::lab`). Their output has the lab's and the guest's
 //! words and what each step took; run them with `--show-output`, or by `make lab`.
 //!
-//! `host` proves that the lab has what it names, `inventory` that qvirt lists it, `storage` and `disks`, `network`, `memory` and `owner` are qvirt's own commands, `outages` disks that
+//! `host` proves that the lab has what it names, `inventory` that qvirt lists it, `storage` and `disks`, `network`, `memory` and `owner` are qvirt's own commands, `functions` PCI functions of the host in guests, `outages` disks that
 //! retry while real storage fails, `sectors` and `sticks` such disks on bad and pulled disks of the host, `suspension` disks on storage that hangs,
 //! `forbidden` what a disk that hangs beside one that fails forbids, `pieces` the devices that QEMU is given by plain QMP, `images` what
 //! makes the images, `shell` the shell for people, `troubles` what happens where there can be no lab. `vdpa`, `vdpa_host` and `vhost_scsi` are devices of the host that
@@ -9,6 +9,7 @@
 
 mod disks;
 mod forbidden;
+mod functions;
 mod host;
 mod images;
 mod inventory;

@@ -146,24 +146,6 @@ pub fn judge(test: impl Fn()) {
 /// that silences a guest shows twice in a row.
 const SILENT: &str = "in vain for the end of agent inventory";
 
-/// Both QEMUs in the lab, one test each.
-#[macro_export]
-macro_rules! on_both_in_lab {
-    ($($(#[$about:meta])* $name:ident => $run:ident),+ $(,)?) => {$(
-        $(#[$about])*
-        mod $name {
-            #[test]
-            fn qemu_7_2() {
-                $crate::lab::inside(|| super::$run($crate::qemu::QemuVersion::V7_2));
-            }
-            #[test]
-            fn qemu_10_0() {
-                $crate::lab::inside(|| super::$run($crate::qemu::QemuVersion::V10_0));
-            }
-        }
-    )+};
-}
-
 /// Both QEMUs, one test each.
 #[macro_export]
 macro_rules! on_both {
