@@ -274,6 +274,7 @@ fn the_host_is_made_ready_by_commands() {
                 again.code == 3 && again.stderr.contains("is not bound to vfio-pci: it has no driver"),
                 "{again}"
             );
+            assert_eq!(vm.remains(), [""; 0], "a refusal leaves nothing behind");
             let none = vm.qvirt(&["host", "bind", &first, "0000:77:00.0"]);
             assert!(none.code == 5 && none.stderr.contains("no PCI device 0000:77:00.0"), "{none}");
             assert_eq!(state_of(&vm, &pf), before, "all, or none");

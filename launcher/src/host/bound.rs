@@ -47,29 +47,28 @@ pub struct Bound {
 }
 
 impl Bound {
-    /// Those of this user.
+    /// Those of this user. Nothing is made.
     ///
     /// # Errors
-    /// Their folder cannot be made.
-    pub fn open(folders: &Folders) -> Result<Bound, BoundError> {
-        folders.make()?;
+    /// This boot has no id.
+    pub fn of(folders: &Folders) -> Result<Bound, BoundError> {
         // A dot first: no VM is called so.
-        let folder = folders.run.join(".host");
-        make_private(&folder)?;
-        Ok(Bound { folder, boot: BootId::current()? })
+        Ok(Bound { folder: folders.run.join(".host"), boot: BootId::current()? })
     }
 
     /// Binds a function to vfio-pci.
     ///
     /// # Errors
     /// It has what it had.
-    pub fn bind(&self, function: &Movable<'_>) -> Result<(), BoundError> {
+    pub fn bind(&self, folders: &Folders, function: &Movable<'_>) -> Result<(), BoundError> {
         let (driver, driver_override) = (function.driver(), function.driver_override());
         if driver.as_deref() == Some(DRIVER) {
             return Ok(());
         }
         let before = Before { boot: self.boot.clone(), driver, driver_override };
         let host = function.host();
+        folders.make()?;
+        make_private(&self.folder)?;
         let text = serde_json::to_vec(&before).expect("a struct of texts is JSON");
         write_volatile(&self.path(host), &text).map_err(|source| BoundError::Write { host, source })?;
         let bound = function.bind(before.driver.as_deref(), before.driver_override.as_deref());

@@ -353,7 +353,7 @@ impl<'a> Movable<'a> {
             return Ok(());
         }
         let reason = match Command::new("modprobe").arg(DRIVER).output() {
-            Ok(output) if there() || output.status.success() && there() => return Ok(()),
+            Ok(_) if there() => return Ok(()),
             Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
             Err(error) => format!("modprobe: {error}"),
         };

@@ -100,9 +100,9 @@ pub fn bind(hosts: &[HostBdf], dry_run: bool, as_json: bool) -> Result<Exit, Pro
         return Err(PciError::NoIommu.into());
     }
     if !dry_run {
-        let bound = Bound::open(&host.folders)?;
+        let bound = Bound::of(&host.folders)?;
         for (index, function) in functions.iter().enumerate() {
-            let Err(error) = bound.bind(function) else { continue };
+            let Err(error) = bound.bind(&host.folders, function) else { continue };
             for (function, driver) in functions[..index].iter().zip(&before).rev() {
                 if driver.as_deref() != Some(DRIVER) {
                     bound.unbind(function)?;
@@ -120,7 +120,7 @@ pub fn unbind(hosts: &[HostBdf], dry_run: bool, as_json: bool) -> Result<Exit, P
     let host = Host::look()?;
     let functions: Vec<Movable<'_>> = hosts.iter().map(|bdf| host.free(*bdf)).collect::<Result<_, _>>()?;
     let before: Vec<Option<String>> = functions.iter().map(Movable::driver).collect();
-    let bound = Bound::open(&host.folders)?;
+    let bound = Bound::of(&host.folders)?;
     for (function, found) in functions.iter().zip(&before) {
         if found.as_deref() != Some(DRIVER) {
             return Err(BoundError::NotBound { host: function.host(), found: found.clone() }.into());
