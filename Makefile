@@ -25,11 +25,12 @@ build: ## every crate, unoptimised
 release: ## the qvirt program as it is shipped
 	cargo build --release -p launcher
 
-test: images build ## all tests, real QEMU and guest included; the guests' inventories stand in the output
-	cargo test --workspace -- --test-threads=$(THREADS) --show-output
+# The modules named soak have what repeats a test with another QEMU, bus or device, or at each of its steps.
+test: images build ## the tests, real QEMU, guest and lab included, of each matrix a sample; the guests' inventories stand in the output
+	cargo test --workspace -- --test-threads=$(THREADS) --show-output --skip soak::
 
 lab: images build ## the tests in the hardware lab alone, as they go
-	cargo test -p tests --test lab -- --test-threads=1 --nocapture
+	cargo test -p tests --test lab -- --test-threads=1 --nocapture --skip soak::
 
 lab-shell: images build ## a root shell in the lab, with qvirt on the path
 	@cargo run --quiet -p tests --bin lab shell
@@ -53,7 +54,7 @@ lint: ## format, clippy and documentation, warnings being errors
 record: images ## tests/recorded/ anew, from the QEMUs under target/images
 	@integration-images/record-schemas
 
-soak: images build ## the tests named soak, each with QVIRT_ROUNDS=$(ROUNDS) rounds
+soak: images build ## what `make test` leaves out of each matrix, and the tests named soak with QVIRT_ROUNDS=$(ROUNDS) rounds
 	QVIRT_ROUNDS=$(ROUNDS) cargo test --workspace -- --test-threads=$(THREADS) --show-output soak
 
 clean: ## all of target/, images too

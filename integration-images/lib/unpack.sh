@@ -46,8 +46,8 @@ take_module() {
     printf '%s.ko\n' "$name" >>"$modules/$list"
 }
 
-# pack_initramfs ROOT BUSYBOX FILE
+# pack_initramfs ROOT BUSYBOX FILE: not compressed, since an emulated processor takes longer to decompress it than to read it.
 pack_initramfs() {
-    (cd "$1" && find . -print | LC_ALL=C sort | "$2" cpio -o -H newc -R 0:0 2>/dev/null | gzip -9n) >"$3" ||
+    (cd "$1" && find . -print | LC_ALL=C sort | "$2" cpio -o -H newc -R 0:0 2>/dev/null) >"$3" ||
         fail "the initramfs could not be packed into $3: look at the messages above"
 }

@@ -9,10 +9,10 @@ make_initramfs() {
     cp "$images/agent/agent" "$root/bin/agent"
     for name in inventory pattern unplug; do ln -s agent "$root/bin/$name"; done
     chmod +x "$root/init" "$root/bin/busybox" "$root/bin/agent"
-    pack_initramfs "$root" "$images/kernel/busybox" "$work/initramfs.cpio.gz"
+    pack_initramfs "$root" "$images/kernel/busybox" "$work/initramfs.cpio"
     rm -rf "$root"
     mkdir -p "$images/guest"
     ln -sfn ../kernel/vmlinuz "$images/guest/vmlinuz"
     ln -sfn ../kernel/vmlinux "$images/guest/vmlinux"
-    ln -sfn ../initramfs/initramfs.cpio.gz "$images/guest/initramfs.cpio.gz"
+    ln -sfn ../initramfs/initramfs.cpio "$images/guest/initramfs.cpio"
 }

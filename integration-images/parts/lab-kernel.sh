@@ -61,6 +61,6 @@ make_lab_initramfs() {
     for driver in "${lab_root_drivers[@]}"; do take_module "$work/tree" "$root/modules" order "$driver"; done
     cp "$here/lab/initramfs-init" "$root/init"
     chmod +x "$root/init"
-    pack_initramfs "$root" "$root/bin/busybox" "$work/initramfs.cpio.gz"
+    pack_initramfs "$root" "$root/bin/busybox" "$work/initramfs.cpio"
     rm -rf "$root"
 }

@@ -20,5 +20,5 @@ make_lab() {
     E2FSPROGS_FAKE_TIME=1 in_tree "$tools" usr/sbin/mke2fs -q -F -t ext4 -d "$tree" -m 0 -O ^has_journal,^resize_inode -U "$lab_uuid" \
         -E "hash_seed=$lab_uuid,root_owner=0:0,lazy_itable_init=1,nodiscard" "$work/root.ext4" >&2 || fail "mke2fs could not make the lab's disk (message above)"
     rm -rf "$tree"
-    ln -s ../lab-kernel/{vmlinux,vmlinuz,initramfs.cpio.gz} "$work/"
+    ln -s ../lab-kernel/{vmlinux,vmlinuz,initramfs.cpio} "$work/"
 }

@@ -153,26 +153,9 @@ fn a_shared_group_goes_as_a_whole_or_not_at_all() {
         step("detach", || scene.vm.ok(&["detach", "guest", "one", "--wait", "60s"]));
         scene.sees("no NIC", |seen| *seen == first);
         scene.vm.wait_for("the group to be the host's again", || drivers() == before);
-        step("a member that fails takes the others back", || {
-            let group = format!("{one},group=true");
-            let state = || (drivers(), scene.vm.device_ids());
-            let failed = each_step_is_undone(&scene.vm, ["--vfio", &group], state);
-            println!("failed and undone: {failed:?}");
-            assert_eq!(failed.iter().filter(|step| *step == "driver").count(), 2, "{failed:?}");
-        });
         scene.end();
         assert_eq!(drivers(), before, "the VM's end gives the group back too");
     });
-}
-
-#[test]
-fn owner_and_qemu_die_at_each_step_and_recover_gives_the_function_back() {
-    inside(|| each_death("both", &["attach", "detach", "clear"]));
-}
-
-#[test]
-fn the_owner_dies_at_each_step_and_the_next_one_gives_the_function_back() {
-    inside(|| each_death("owner", &["attach", "clear"]));
 }
 
 fn each_death(dies: &str, works: &[&str]) {
@@ -334,4 +317,33 @@ fn the_host_is_made_ready_by_commands() {
             assert!(output.code == 5 && output.stderr.contains("no physical function eth99"), "{output}");
         });
     });
+}
+
+mod soak {
+    use super::*;
+
+    #[test]
+    fn owner_and_qemu_die_at_each_step_and_recover_gives_the_function_back() {
+        inside(|| each_death("both", &["attach", "detach", "clear"]));
+    }
+
+    #[test]
+    fn the_owner_dies_at_each_step_and_the_next_one_gives_the_function_back() {
+        inside(|| each_death("owner", &["attach", "clear"]));
+    }
+
+    #[test]
+    fn a_member_of_a_group_that_fails_takes_the_others_back() {
+        inside(|| {
+            let before = drivers();
+            let scene = step("boot", || guest(QemuVersion::V10_0, ""));
+            let group = format!("host={},id=one,group=true", SHARED.functions()[0]);
+            let state = || (drivers(), scene.vm.device_ids());
+            let failed = each_step_is_undone(&scene.vm, ["--vfio", &group], state);
+            println!("failed and undone: {failed:?}");
+            assert_eq!(failed.iter().filter(|step| *step == "driver").count(), 2, "{failed:?}");
+            scene.end();
+            assert_eq!(drivers(), before, "the VM's end gives the group back too");
+        });
+    }
 }

@@ -17,11 +17,6 @@ fn device_mapper_fails_below_virtio_blk() {
     inside(|| device_mapper(QemuVersion::V7_2, "virtio-blk"));
 }
 
-#[test]
-fn device_mapper_fails_below_virtio_scsi() {
-    inside(|| device_mapper(QemuVersion::V10_0, "virtio-scsi"));
-}
-
 fn device_mapper(version: QemuVersion, bus: &str) {
     let storage = FaultyDisk::new("cloud", 4).expect("a disk of this test");
     let mut scene = step("boot", || Scene::boot(version, QUIET, AGENT_CHANNEL));
@@ -116,4 +111,13 @@ fn a_full_file_system_is_an_outage_until_there_is_room() {
 
 fn fill(path: &Path, bytes: usize) {
     std::fs::write(path, vec![0; bytes]).expect("the ballast is written");
+}
+
+mod soak {
+    use super::*;
+
+    #[test]
+    fn device_mapper_fails_below_virtio_scsi() {
+        inside(|| device_mapper(QemuVersion::V10_0, "virtio-scsi"));
+    }
 }

@@ -10,11 +10,6 @@ use tests::scene::Scene;
 use tests::vm::{AGENT_CHANNEL, Vm};
 
 #[test]
-fn by_plain_qmp_on_qemu_7_2() {
-    inside(|| each_piece(QemuVersion::V7_2));
-}
-
-#[test]
 fn by_plain_qmp_on_qemu_10_0() {
     inside(|| each_piece(QemuVersion::V10_0));
 }
@@ -136,4 +131,13 @@ fn write_disk(scene: &mut Scene, serial: &str, text: &str) {
 fn stored(file: &str, text: &str) {
     let bytes = std::fs::read(file).expect("the file behind the disk");
     assert!(bytes.starts_with(text.as_bytes()), "{file} does not begin with {text:?}");
+}
+
+mod soak {
+    use super::*;
+
+    #[test]
+    fn by_plain_qmp_on_qemu_7_2() {
+        inside(|| each_piece(QemuVersion::V7_2));
+    }
 }

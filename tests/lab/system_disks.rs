@@ -81,15 +81,19 @@ fn a_guest_boots_from_vdpa() {
     });
 }
 
-#[test]
-fn a_guest_boots_from_vhost_scsi() {
-    inside(|| {
-        let table = format!(
-            "[[vhost_scsi]]\nid = \"sys\"\nwwpn = {:?}\nboot_tpgt = 1\nbootindex = 1\n",
-            scsi::TARGET
-        );
-        for version in QemuVersion::ALL {
-            boots(version, &format!("/run/lab/{}.img", scsi::LUNS[0].0), &table);
-        }
-    });
+mod soak {
+    use super::*;
+
+    #[test]
+    fn a_guest_boots_from_vhost_scsi() {
+        inside(|| {
+            let table = format!(
+                "[[vhost_scsi]]\nid = \"sys\"\nwwpn = {:?}\nboot_tpgt = 1\nbootindex = 1\n",
+                scsi::TARGET
+            );
+            for version in QemuVersion::ALL {
+                boots(version, &format!("/run/lab/{}.img", scsi::LUNS[0].0), &table);
+            }
+        });
+    }
 }

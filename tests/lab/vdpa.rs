@@ -67,12 +67,6 @@ fn sets(scene: &Scene) -> usize {
     scene.vm.qmp("query-fdsets", &serde_json::json!({})).as_array().map_or(0, Vec::len)
 }
 
-/// As virtio-net, again and again: the guest pings the device's neighbour.
-#[test]
-fn a_nic_comes_and_goes() {
-    inside(|| nic(QemuVersion::V7_2));
-}
-
 /// Cold, and the journal: adopted by another owner, cleared up after both were killed.
 #[test]
 fn a_nic_is_there_at_the_boot() {
@@ -104,21 +98,6 @@ fn nic(version: QemuVersion) {
     scene.end();
 }
 
-/// Without QEMU's virtio-net in between.
-#[test]
-fn a_nic_as_it_is() {
-    inside(|| {
-        let mut scene = boot(QemuVersion::V10_0, "");
-        let before = scene.seen.clone();
-        scene.attach(["--vdpa", &format!("device={NIC},id=net0")], "nic", NIC_MAC);
-        let seen = scene.seen.clone();
-        pings(&mut scene, &seen);
-        scene.detach("net0", &before);
-        assert!(is_free(NIC), "the host has it back");
-        scene.end();
-    });
-}
-
 fn cold_nic(version: QemuVersion) {
     let mut scene = boot(version, &format!("[[vdpa]]\nid = \"net0\"\ndevice = {NIC:?}\ntype = \"nic\"\n"));
     let seen = scene.seen.clone();
@@ -139,50 +118,6 @@ fn cold_nic(version: QemuVersion) {
         print!("{}", scene.vm.ok(&["recover", "guest"]));
         assert!(is_free(NIC), "the host has it back");
         scene.vm.nothing_left();
-    });
-}
-
-/// Two disks at the boot; another VM is refused, by name where it can be known; the journal.
-#[test]
-fn disks_are_there_at_the_boot_and_nobody_else_gets_them() {
-    inside(|| {
-        let own = VduseDisk::new("vdpa7", 8).expect("a disk of this test");
-        program("vdpa", &["dev", "add", "name", "vdpa7", "mgmtdev", "vduse"]).expect("on the bus");
-        let tables = format!(
-            "[[vdpa]]\nid = \"fast\"\ndevice = {DISK:?}\n\n[[vdpa]]\nid = \"more\"\ndevice = \"vdpa7\"\n"
-        );
-        let mut scene = boot(QemuVersion::V10_0, &tables);
-        scene.sees_line("a disk of its own", "disk", "serial=vdpa7");
-        assert_eq!(written(&mut scene, "cold"), "cold");
-        step("another VM of the same user", || {
-            let other = scene.vm.path("other.toml");
-            let text = std::fs::read_to_string(scene.vm.config()).expect("the VM file");
-            std::fs::write(&other, text.replace("name = \"guest\"", "name = \"other\"")).expect("written");
-            let output = scene.vm.expect(3, &["start", &other.display().to_string()]);
-            assert!(
-                output.stderr.contains(&format!("{DISK} is in use: device fast of VM guest")),
-                "{output}"
-            );
-            println!("{output}");
-        });
-        step("another VM that knows nothing of these leases", || {
-            let other = vm(QemuVersion::V10_0, &tables);
-            let output = other.expect(3, &["start", &other.config().display().to_string()]);
-            let words = format!("of vDPA device {DISK} is open in process {} (qemu", scene.vm.qemu_pid());
-            assert!(output.stderr.contains(&words), "{output}");
-            println!("{output}");
-            other.nothing_left();
-        });
-        step("owner and QEMU are killed", || {
-            let qemu = scene.vm.qemu_pid();
-            scene.vm.kill_owner();
-            scene.vm.kill_process(qemu);
-            print!("{}", scene.vm.ok(&["recover", "guest"]));
-            scene.vm.nothing_left();
-            assert!(is_free(DISK) && is_free("vdpa7"), "the host has both back");
-        });
-        program("vdpa", &["dev", "del", "vdpa7"]).expect("off the bus");
-        drop(own);
     });
 }
 
@@ -211,31 +146,6 @@ fn data_disks_are_expanded_while_the_guest_runs() {
         });
         scene.detach("more", &before);
         program("vdpa", &["dev", "del", "vdpa8"]).expect("off the bus");
-        scene.end();
-    });
-}
-
-#[test]
-fn each_step_that_fails_is_undone() {
-    inside(|| {
-        let scene = boot(QemuVersion::V10_0, "");
-        let vm = &scene.vm;
-        for (wish, name, kinds) in [
-            (
-                format!("device={DISK},id=fast"),
-                DISK,
-                &["record", "vdpa", "fdset", "frontend", "verify", "settle"][..],
-            ),
-            (
-                format!("device={NIC},type=nic,id=net0"),
-                NIC,
-                &["record", "vdpa", "descriptor", "netdev", "frontend", "verify", "settle"],
-            ),
-        ] {
-            let state = || (vm.device_ids(), vm.leases(), is_free(name), sets(&scene));
-            assert_eq!(each_step_is_undone(vm, ["--vdpa", &wish], state), kinds);
-            vm.ok(&["detach", "guest", wish.split_once("id=").expect("an id").1, "--wait", "30s"]);
-        }
         scene.end();
     });
 }
@@ -269,4 +179,99 @@ fn wrong_devices_are_refused() {
             vm.end();
         }
     });
+}
+
+mod soak {
+    use super::*;
+
+    /// As virtio-net, again and again: the guest pings the device's neighbour.
+    #[test]
+    fn a_nic_comes_and_goes() {
+        inside(|| nic(QemuVersion::V7_2));
+    }
+
+    /// Without QEMU's virtio-net in between.
+    #[test]
+    fn a_nic_as_it_is() {
+        inside(|| {
+            let mut scene = boot(QemuVersion::V10_0, "");
+            let before = scene.seen.clone();
+            scene.attach(["--vdpa", &format!("device={NIC},id=net0")], "nic", NIC_MAC);
+            let seen = scene.seen.clone();
+            pings(&mut scene, &seen);
+            scene.detach("net0", &before);
+            assert!(is_free(NIC), "the host has it back");
+            scene.end();
+        });
+    }
+
+    /// Two disks at the boot; another VM is refused, by name where it can be known; the journal.
+    #[test]
+    fn disks_are_there_at_the_boot_and_nobody_else_gets_them() {
+        inside(|| {
+            let own = VduseDisk::new("vdpa7", 8).expect("a disk of this test");
+            program("vdpa", &["dev", "add", "name", "vdpa7", "mgmtdev", "vduse"]).expect("on the bus");
+            let tables = format!(
+                "[[vdpa]]\nid = \"fast\"\ndevice = {DISK:?}\n\n[[vdpa]]\nid = \"more\"\ndevice = \"vdpa7\"\n"
+            );
+            let mut scene = boot(QemuVersion::V10_0, &tables);
+            scene.sees_line("a disk of its own", "disk", "serial=vdpa7");
+            assert_eq!(written(&mut scene, "cold"), "cold");
+            step("another VM of the same user", || {
+                let other = scene.vm.path("other.toml");
+                let text = std::fs::read_to_string(scene.vm.config()).expect("the VM file");
+                std::fs::write(&other, text.replace("name = \"guest\"", "name = \"other\""))
+                    .expect("written");
+                let output = scene.vm.expect(3, &["start", &other.display().to_string()]);
+                assert!(
+                    output.stderr.contains(&format!("{DISK} is in use: device fast of VM guest")),
+                    "{output}"
+                );
+                println!("{output}");
+            });
+            step("another VM that knows nothing of these leases", || {
+                let other = vm(QemuVersion::V10_0, &tables);
+                let output = other.expect(3, &["start", &other.config().display().to_string()]);
+                let words = format!("of vDPA device {DISK} is open in process {} (qemu", scene.vm.qemu_pid());
+                assert!(output.stderr.contains(&words), "{output}");
+                println!("{output}");
+                other.nothing_left();
+            });
+            step("owner and QEMU are killed", || {
+                let qemu = scene.vm.qemu_pid();
+                scene.vm.kill_owner();
+                scene.vm.kill_process(qemu);
+                print!("{}", scene.vm.ok(&["recover", "guest"]));
+                scene.vm.nothing_left();
+                assert!(is_free(DISK) && is_free("vdpa7"), "the host has both back");
+            });
+            program("vdpa", &["dev", "del", "vdpa7"]).expect("off the bus");
+            drop(own);
+        });
+    }
+
+    #[test]
+    fn each_step_that_fails_is_undone() {
+        inside(|| {
+            let scene = boot(QemuVersion::V10_0, "");
+            let vm = &scene.vm;
+            for (wish, name, kinds) in [
+                (
+                    format!("device={DISK},id=fast"),
+                    DISK,
+                    &["record", "vdpa", "fdset", "frontend", "verify", "settle"][..],
+                ),
+                (
+                    format!("device={NIC},type=nic,id=net0"),
+                    NIC,
+                    &["record", "vdpa", "descriptor", "netdev", "frontend", "verify", "settle"],
+                ),
+            ] {
+                let state = || (vm.device_ids(), vm.leases(), is_free(name), sets(&scene));
+                assert_eq!(each_step_is_undone(vm, ["--vdpa", &wish], state), kinds);
+                vm.ok(&["detach", "guest", wish.split_once("id=").expect("an id").1, "--wait", "30s"]);
+            }
+            scene.end();
+        });
+    }
 }

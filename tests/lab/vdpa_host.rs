@@ -113,49 +113,6 @@ fn devices_are_shown_made_and_deleted() {
     });
 }
 
-/// A device that a VM wants is made for it and deleted with it: at a detach, at the end, and by `recover`.
-#[test]
-fn devices_are_made_for_a_vm() {
-    inside(|| {
-        let own = VduseDisk::new("vdpa5", 8).expect("a disk of this test");
-        let wish = "device=vdpa5,mgmtdev=vduse,id=made";
-        let vm = Vm::with_memory(QemuVersion::V10_0, QUIET, 8, SHARED, AGENT_CHANNEL);
-        let mut scene = step("boot", || Scene::of(vm));
-        let before = scene.seen.clone();
-        step("attach and detach", || {
-            scene.attach(["--vdpa", wish], "disk", "serial=vdpa5");
-            assert!(exists("vdpa5"));
-            scene.detach("made", &before);
-            assert!(!exists("vdpa5"), "it went with the guest's device");
-        });
-        step("each step that fails", || {
-            let state = || (scene.vm.device_ids(), scene.vm.leases(), exists("vdpa5"));
-            let failed = each_step_is_undone(&scene.vm, ["--vdpa", wish], state);
-            assert_eq!(failed, ["record", "vdpa", "fdset", "frontend", "verify", "settle"]);
-        });
-        step("one that is there already is nobody's to delete", || {
-            scene.vm.ok(&["detach", "guest", "made", "--wait", "30s"]);
-            assert!(!exists("vdpa5"));
-            program("vdpa", &["dev", "add", "name", "vdpa5", "mgmtdev", "vduse"]).expect("on the bus");
-            scene.attach(["--vdpa", wish], "disk", "serial=vdpa5");
-            scene.detach("made", &before);
-            assert!(exists("vdpa5"), "it was there before");
-            program("vdpa", &["dev", "del", "vdpa5"]).expect("off the bus");
-        });
-        step("owner and QEMU are killed", || {
-            scene.attach(["--vdpa", wish], "disk", "serial=vdpa5");
-            let qemu = scene.vm.qemu_pid();
-            scene.vm.kill_owner();
-            scene.vm.kill_process(qemu);
-            assert!(exists("vdpa5"), "nobody has cleared up yet");
-            print!("{}", scene.vm.ok(&["recover", "guest"]));
-            assert!(!exists("vdpa5"));
-            scene.vm.nothing_left();
-        });
-        drop(own);
-    });
-}
-
 /// The lab has no vendor's vDPA driver: another driver takes the function and offers no management device, so all is undone.
 #[test]
 fn a_function_whose_driver_offers_no_vdpa_is_given_back() {
@@ -183,4 +140,51 @@ fn a_function_whose_driver_offers_no_vdpa_is_given_back() {
         assert!(output.code == 3 && output.stderr.contains("for a guest"), "{output}");
         vf.unbind().expect("vfio-pci gives it back");
     });
+}
+
+mod soak {
+    use super::*;
+
+    /// A device that a VM wants is made for it and deleted with it: at a detach, at the end, and by `recover`.
+    #[test]
+    fn devices_are_made_for_a_vm() {
+        inside(|| {
+            let own = VduseDisk::new("vdpa5", 8).expect("a disk of this test");
+            let wish = "device=vdpa5,mgmtdev=vduse,id=made";
+            let vm = Vm::with_memory(QemuVersion::V10_0, QUIET, 8, SHARED, AGENT_CHANNEL);
+            let mut scene = step("boot", || Scene::of(vm));
+            let before = scene.seen.clone();
+            step("attach and detach", || {
+                scene.attach(["--vdpa", wish], "disk", "serial=vdpa5");
+                assert!(exists("vdpa5"));
+                scene.detach("made", &before);
+                assert!(!exists("vdpa5"), "it went with the guest's device");
+            });
+            step("each step that fails", || {
+                let state = || (scene.vm.device_ids(), scene.vm.leases(), exists("vdpa5"));
+                let failed = each_step_is_undone(&scene.vm, ["--vdpa", wish], state);
+                assert_eq!(failed, ["record", "vdpa", "fdset", "frontend", "verify", "settle"]);
+            });
+            step("one that is there already is nobody's to delete", || {
+                scene.vm.ok(&["detach", "guest", "made", "--wait", "30s"]);
+                assert!(!exists("vdpa5"));
+                program("vdpa", &["dev", "add", "name", "vdpa5", "mgmtdev", "vduse"]).expect("on the bus");
+                scene.attach(["--vdpa", wish], "disk", "serial=vdpa5");
+                scene.detach("made", &before);
+                assert!(exists("vdpa5"), "it was there before");
+                program("vdpa", &["dev", "del", "vdpa5"]).expect("off the bus");
+            });
+            step("owner and QEMU are killed", || {
+                scene.attach(["--vdpa", wish], "disk", "serial=vdpa5");
+                let qemu = scene.vm.qemu_pid();
+                scene.vm.kill_owner();
+                scene.vm.kill_process(qemu);
+                assert!(exists("vdpa5"), "nobody has cleared up yet");
+                print!("{}", scene.vm.ok(&["recover", "guest"]));
+                assert!(!exists("vdpa5"));
+                scene.vm.nothing_left();
+            });
+            drop(own);
+        });
+    }
 }

@@ -26,12 +26,6 @@ fn luns_come_and_go() {
     inside(|| come_and_go(QemuVersion::V10_0));
 }
 
-/// Cold: there at the boot, gone by a detach, and there again after a restart of the owner.
-#[test]
-fn luns_are_there_at_the_boot() {
-    inside(|| at_the_boot(QemuVersion::V7_2));
-}
-
 fn come_and_go(version: QemuVersion) {
     let mut scene = step("boot", || Scene::boot(version, QUIET, AGENT_CHANNEL));
     let before = scene.seen.clone();
@@ -87,17 +81,6 @@ fn at_the_boot(version: QemuVersion) {
     });
 }
 
-#[test]
-fn each_step_that_fails_is_undone() {
-    inside(|| {
-        let scene = step("boot", || Scene::boot(QemuVersion::V10_0, QUIET, AGENT_CHANNEL));
-        let vm = &scene.vm;
-        let failed = each_step_is_undone(vm, ["--vhost-scsi", &device()], || (vm.device_ids(), vm.leases()));
-        assert_eq!(failed, ["record", "vhost-scsi", "descriptor", "frontend", "verify", "settle"]);
-        scene.end();
-    });
-}
-
 /// What the host does not have is refused before anything is touched.
 #[test]
 fn wrong_targets_are_refused() {
@@ -114,4 +97,26 @@ fn wrong_targets_are_refused() {
         }
         vm.end();
     });
+}
+
+mod soak {
+    use super::*;
+
+    /// Cold: there at the boot, gone by a detach, and there again after a restart of the owner.
+    #[test]
+    fn luns_are_there_at_the_boot() {
+        inside(|| at_the_boot(QemuVersion::V7_2));
+    }
+
+    #[test]
+    fn each_step_that_fails_is_undone() {
+        inside(|| {
+            let scene = step("boot", || Scene::boot(QemuVersion::V10_0, QUIET, AGENT_CHANNEL));
+            let vm = &scene.vm;
+            let failed =
+                each_step_is_undone(vm, ["--vhost-scsi", &device()], || (vm.device_ids(), vm.leases()));
+            assert_eq!(failed, ["record", "vhost-scsi", "descriptor", "frontend", "verify", "settle"]);
+            scene.end();
+        });
+    }
 }

@@ -14,6 +14,7 @@
 //! `target/lab` until another run.
 
 use std::any::type_name;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -82,8 +83,21 @@ fn test_name(closure: &'static str) -> &'static str {
 /// How often a device comes and goes in a row: ten times; three where the lab's processor is emulated, whose KVM gets lost about once in some hundred
 /// plugs.
 pub fn rounds() -> u32 {
-    let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    if processor.contains("QEMU TCG CPU") { 3 } else { 10 }
+    if is_emulated() { 3 } else { 10 }
+}
+
+/// Whether this runs in a lab whose processor is emulated: each exit of a guest costs half a millisecond there.
+pub fn is_emulated() -> bool {
+    let processor = || std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    std::env::var_os(INSIDE).is_some() && processor().contains("QEMU TCG CPU")
+}
+
+/// Where the VMs of all tests in the lab keep what their QEMUs answered when they were asked what they can do: asking takes seconds there.
+pub fn answers_of_qemu() -> Option<PathBuf> {
+    std::env::var_os(INSIDE)?;
+    let folder = PathBuf::from("/run/lab/answers");
+    std::fs::create_dir_all(&folder).ok()?;
+    Some(folder)
 }
 
 /// Runs one step of a test, and prints what it was and how long it took.

@@ -101,7 +101,7 @@ impl Images {
 
     /// The guest's root file system; `integration-images/guest/init` tells what it does.
     pub fn initramfs(&self) -> PathBuf {
-        self.root.join("guest/initramfs.cpio.gz")
+        self.root.join("guest/initramfs.cpio")
     }
 
     /// The lab host's kernel, an ELF image as well.
@@ -111,7 +111,7 @@ impl Images {
 
     /// What loads the drivers of the lab host's system disk.
     pub fn lab_initramfs(&self) -> PathBuf {
-        self.root.join("lab/initramfs.cpio.gz")
+        self.root.join("lab/initramfs.cpio")
     }
 
     /// The lab host's system disk, a raw image. Boots throw away what they write to it.
