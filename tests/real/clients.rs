@@ -5,12 +5,15 @@ use tests::qemu::QemuVersion;
 use tests::vm::{Output, Vm, finished};
 
 use crate::faults::Follower;
-use tests::on_both;
+use tests::on_one;
 use tests::scene::{QUIET, Scene};
 
-on_both! {
-    two => two_at_once,
+on_one! { 10.0:
     foreign => foreign_devices,
+}
+
+on_one! { 7.2:
+    two => two_at_once,
 }
 
 /// Runs both at the same time.

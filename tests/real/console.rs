@@ -12,9 +12,9 @@ use tests::guest::{BOOT, Guest};
 use tests::qemu::QemuVersion;
 use tests::vm::{Vm, finished};
 
-use tests::on_both;
+use tests::on_one;
 
-on_both! {
+on_one! { 10.0:
     first_byte => from_the_first_byte,
 }
 

@@ -8,13 +8,16 @@ use tests::guest::BOOT;
 use tests::qemu::QemuVersion;
 use tests::vm::{Vm, finished};
 
-use tests::on_both;
+use tests::on_one;
 use tests::scene::{QUIET, Scene};
 
-on_both! {
+on_one! { 10.0:
     plug_steps => each_step_of_attach_and_detach,
-    launch_steps => each_step_of_launch,
     random => twenty_random_moments,
+}
+
+on_one! { 7.2:
+    launch_steps => each_step_of_launch,
 }
 
 /// The owner dies by SIGKILL when it begins this step.

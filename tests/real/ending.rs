@@ -8,14 +8,20 @@ use tests::guest::{BOOT, Guest};
 use tests::qemu::QemuVersion;
 use tests::vm::{Output, Vm, finished};
 
-use tests::on_both;
 use tests::scene::{QUIET, Scene};
+use tests::{on_both, on_one};
 
 on_both! {
-    power => shutdown_reboot_reset,
     deaf => a_guest_that_ignores_the_power_button,
-    signals => signals_of_run,
     killed => qemu_killed_from_outside,
+}
+
+on_one! { 10.0:
+    power => shutdown_reboot_reset,
+}
+
+on_one! { 7.2:
+    signals => signals_of_run,
 }
 
 const DISK: &str = "[[disk]]\nid = \"sys\"\npath = \"sys.img\"\nserial = \"sys\"\n";

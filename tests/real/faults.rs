@@ -7,10 +7,10 @@ use tests::guest::SCRIPT;
 use tests::qemu::QemuVersion;
 use tests::vm::Vm;
 
-use tests::on_both;
+use tests::on_one;
 use tests::scene::{QUIET, Scene};
 
-on_both! {
+on_one! { 7.2:
     policies => each_policy,
 }
 

@@ -6,13 +6,13 @@ use std::time::Duration;
 use proptest::prelude::Rng;
 use proptest::test_runner::{RngAlgorithm, TestRng};
 use serde_json::json;
-use tests::on_both;
+use tests::on_one;
 use tests::qemu::QemuVersion;
 use tests::storm::Storm;
 
 use crate::suspension::boot;
 
-on_both! {
+on_one! { 7.2:
     soak_flapping => outages_at_random,
 }
 

@@ -2,12 +2,12 @@
 
 use serde_json::{Value, json};
 use tests::guest::SCRIPT;
-use tests::on_both;
+use tests::on_one;
 use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
 use tests::vm::{AGENT_CHANNEL, Output};
 
-on_both! {
+on_one! { 10.0:
     changed => media_that_change,
 }
 

@@ -6,14 +6,20 @@ use tests::guest::{BOOT, Unplug};
 use tests::qemu::QemuVersion;
 use tests::vm::{Vm, finished};
 
-use tests::on_both;
 use tests::scene::{QUIET, Scene};
+use tests::{on_both, on_one};
 
 on_both! {
     boot => during_boot,
     paused => while_paused,
-    fifty_times => fifty_times_on_one_port,
+}
+
+on_one! { 10.0:
     deaf_guest => a_guest_that_ignores_the_unplug,
+}
+
+on_one! { 7.2:
+    fifty_times => fifty_times_on_one_port,
 }
 
 fn during_boot(version: QemuVersion) {

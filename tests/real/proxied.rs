@@ -3,10 +3,10 @@
 
 use serde_json::json;
 use tests::guest::PatternReport;
-use tests::on_both;
 use tests::qemu::{QemuVersion, images};
 use tests::storm::Storm;
 use tests::vm::finished;
+use tests::{on_both, on_one};
 
 use crate::faults::Follower;
 use crate::suspension::{boot, in_time};
@@ -16,9 +16,15 @@ on_both! {
     reported => timeouts_that_the_guest_is_told_of,
     deaths => owners_and_proxies_that_die,
     drained => drains_while_requests_are_held,
-    acts => other_acts_at_the_timeout,
     qcow2 => images_that_grow,
+}
+
+on_one! { 10.0:
     renamed => a_name_that_is_used_again,
+}
+
+on_one! { 7.2:
+    acts => other_acts_at_the_timeout,
 }
 
 const PROXY: &str = "on_error.engine=proxy";

@@ -1,18 +1,24 @@
 //! Snapshots of a guest that writes all the time: what was kept is what there was, at one instant on all disks, and the guest never notices.
 
 use tests::chain::{are_sound, frozen, states, tops, view};
-use tests::on_both;
 use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
 use tests::storm::Storm;
 use tests::vm::{AGENT_CHANNEL, Vm};
+use tests::{on_both, on_one};
 
 on_both! {
-    instant => two_disks_at_one_instant,
     deleted => deleted_under_the_guest,
-    quiet => a_guest_that_is_frozen_is_thawed,
-    larger => disks_that_get_more_room,
     goes_on => the_guest_goes_on_and_the_next_start_knows,
+}
+
+on_one! { 10.0:
+    instant => two_disks_at_one_instant,
+    larger => disks_that_get_more_room,
+}
+
+on_one! { 7.2:
+    quiet => a_guest_that_is_frozen_is_thawed,
 }
 
 /// The number at the beginning of a disk.

@@ -3,10 +3,10 @@
 use tests::qemu::QemuVersion;
 use tests::vm::Vm;
 
-use tests::on_both;
+use tests::on_one;
 use tests::scene::{QUIET, Scene};
 
-on_both! {
+on_one! { 10.0:
     config => stored_config,
 }
 

@@ -5,25 +5,31 @@ use std::time::Duration;
 
 use serde_json::json;
 use tests::guest::PatternReport;
-use tests::on_both;
 use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
 use tests::storm::Storm;
 use tests::vm::AGENT_CHANNEL;
+use tests::{on_both, on_one};
 
 use crate::faults::Follower;
 
 on_both! {
     held => outages_that_end_in_time,
-    many => twenty_outages,
     reported => a_timeout_that_the_guest_is_told_of,
-    scsi => a_timeout_on_scsi,
     paused => a_vm_that_is_paused,
     at_the_end => a_timeout_that_pauses,
     together => two_disks,
     owners => owners_that_die,
-    taken => a_node_that_cannot_be_made,
     overlay => a_new_top,
+}
+
+on_one! { 10.0:
+    many => twenty_outages,
+    taken => a_node_that_cannot_be_made,
+}
+
+on_one! { 7.2:
+    scsi => a_timeout_on_scsi,
     nameless => an_image_whose_path_is_gone,
 }
 

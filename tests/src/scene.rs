@@ -163,3 +163,36 @@ macro_rules! on_both {
         }
     )+};
 }
+
+/// The same where one QEMU is sample enough for every run of the tests, and the other one's turn is in the soak.
+#[macro_export]
+macro_rules! on_one {
+    (10.0: $($name:ident => $run:ident),+ $(,)?) => {$(
+        mod $name {
+            #[test]
+            fn qemu_10_0() {
+                $crate::scene::judge(|| super::$run($crate::qemu::QemuVersion::V10_0));
+            }
+            mod soak {
+                #[test]
+                fn qemu_7_2() {
+                    $crate::scene::judge(|| super::super::$run($crate::qemu::QemuVersion::V7_2));
+                }
+            }
+        }
+    )+};
+    (7.2: $($name:ident => $run:ident),+ $(,)?) => {$(
+        mod $name {
+            #[test]
+            fn qemu_7_2() {
+                $crate::scene::judge(|| super::$run($crate::qemu::QemuVersion::V7_2));
+            }
+            mod soak {
+                #[test]
+                fn qemu_10_0() {
+                    $crate::scene::judge(|| super::super::$run($crate::qemu::QemuVersion::V10_0));
+                }
+            }
+        }
+    )+};
+}
