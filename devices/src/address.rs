@@ -117,6 +117,13 @@ pub enum Address {
     },
     /// An ISA serial port. Text: `isa-serial:INDEX`.
     Isa(u8),
+    /// A port of a USB controller. Text: `usb:CONTROLLER:PORT`.
+    Usb {
+        /// The controller's index.
+        controller: u8,
+        /// The port, from 1.
+        port: u8,
+    },
 }
 
 impl FromStr for Address {
@@ -147,6 +154,15 @@ impl FromStr for Address {
                 _ => Err(fail(rule)),
             };
         }
+        if let Some(rest) = text.strip_prefix("usb:") {
+            let rule = "`usb:CONTROLLER:PORT`";
+            return match numbers(rest, rule)?.as_slice() {
+                &[controller, port] if port != 0 => {
+                    Ok(Address::Usb { controller: byte(controller, rule)?, port: byte(port, rule)? })
+                }
+                _ => Err(fail(rule)),
+            };
+        }
         if let Some(rest) = text.strip_prefix("isa-serial:") {
             return rest.parse().map(Address::Isa).map_err(|_| fail("`isa-serial:INDEX`"));
         }
@@ -161,6 +177,7 @@ impl fmt::Display for Address {
             Address::Scsi(a) => write!(f, "scsi:{}:0:{}:{}", a.controller, a.target, a.unit),
             Address::SerialPort { controller, nr } => write!(f, "virtio-serial:{controller}:{nr}"),
             Address::Isa(index) => write!(f, "isa-serial:{index}"),
+            Address::Usb { controller, port } => write!(f, "usb:{controller}:{port}"),
         }
     }
 }

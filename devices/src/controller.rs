@@ -81,7 +81,12 @@ impl VirtioSerialConfig {
 impl IothreadConfig {
     pub(crate) fn lower(&self, id: &DeviceId) -> DeviceSpec {
         let object = props(json!({"qom-type": "iothread", "id": id.as_str()}));
-        DeviceSpec { id: id.clone(), backends: vec![Backend::Object(object)], frontend: None }
+        DeviceSpec {
+            id: id.clone(),
+            backends: vec![Backend::Object(object)],
+            frontend: None,
+            companions: Vec::new(),
+        }
     }
 }
 
@@ -89,5 +94,10 @@ fn pci(id: &DeviceId, address: &Address, mut members: serde_json::Value) -> Devi
     let Address::Pci(seat) = address else { unreachable!("a controller claims a PCI seat and gets one") };
     members["bus"] = seat.bus().into();
     members["addr"] = seat.addr().into();
-    DeviceSpec { id: id.clone(), backends: Vec::new(), frontend: Some(Frontend(props(members))) }
+    DeviceSpec {
+        id: id.clone(),
+        backends: Vec::new(),
+        frontend: Some(Frontend(props(members))),
+        companions: Vec::new(),
+    }
 }

@@ -10,6 +10,7 @@ use crate::id::DeviceId;
 use crate::nic::NicConfig;
 use crate::passthrough::{VfConfig, VfioConfig, rom_file};
 use crate::port::{ChannelConfig, SerialConfig};
+use crate::usb::{UsbConfig, UsbControllerConfig};
 use crate::vdpa::VdpaConfig;
 use crate::vhost_scsi::VhostScsiConfig;
 
@@ -39,6 +40,10 @@ pub enum DeviceConfig {
     Vfio(VfioConfig),
     /// `[[vf]]`
     Vf(VfConfig),
+    /// `[[usb_controller]]`
+    UsbController(UsbControllerConfig),
+    /// `[[usb]]`
+    Usb(UsbConfig),
 }
 
 /// One expression for the config inside, whatever its kind.
@@ -56,6 +61,8 @@ macro_rules! each {
             DeviceConfig::VhostScsi($config) => $body,
             DeviceConfig::Vfio($config) => $body,
             DeviceConfig::Vf($config) => $body,
+            DeviceConfig::UsbController($config) => $body,
+            DeviceConfig::Usb($config) => $body,
         }
     };
 }
@@ -74,6 +81,8 @@ impl DeviceConfig {
         "vhost_scsi",
         "vfio",
         "vf",
+        "usb_controller",
+        "usb",
     ];
 
     /// The table's name.
@@ -95,6 +104,8 @@ impl DeviceConfig {
             DeviceConfig::VhostScsi(_) => 8,
             DeviceConfig::Vfio(_) => 9,
             DeviceConfig::Vf(_) => 10,
+            DeviceConfig::UsbController(_) => 11,
+            DeviceConfig::Usb(_) => 12,
         }
     }
 
@@ -122,6 +133,8 @@ impl DeviceConfig {
             DeviceConfig::VhostScsi(_) => "vscsi",
             DeviceConfig::Vfio(_) => "vfio",
             DeviceConfig::Vf(_) => "vf",
+            DeviceConfig::UsbController(_) => "usb",
+            DeviceConfig::Usb(_) => "usbdev",
         }
     }
 
@@ -134,6 +147,7 @@ impl DeviceConfig {
             DeviceConfig::VhostScsi(scsi) => scsi.bootindex,
             DeviceConfig::Vfio(vfio) => vfio.bootindex,
             DeviceConfig::Vf(vf) => vf.bootindex,
+            DeviceConfig::Usb(usb) => usb.bootindex,
             _ => None,
         }
     }
@@ -168,6 +182,10 @@ impl DeviceConfig {
             DeviceConfig::Vfio(vfio) => pci(&vfio.seat, false),
             DeviceConfig::Vf(vf) => pci(&vf.seat, false),
             DeviceConfig::Serial(_) | DeviceConfig::Channel(_) => 5,
+            // Slots of the root complex are taken from the other end than ports take them.
+            DeviceConfig::UsbController(controller) => pci(&controller.seat, true),
+            DeviceConfig::Usb(usb) if usb.port.is_some() => 4,
+            DeviceConfig::Usb(_) => 5,
         }
     }
 
@@ -201,7 +219,9 @@ impl DeviceConfig {
             DeviceConfig::VhostScsi(scsi) => Some(scsi.wwpn.to_string()),
             DeviceConfig::Vfio(vfio) => Some(vfio.host.to_string()),
             DeviceConfig::Vf(vf) => vf.host.map(|host| host.to_string()).or_else(|| vf.pf.clone()),
-            DeviceConfig::Serial(_)
+            DeviceConfig::Usb(usb) => usb.host.as_ref().map(ToString::to_string),
+            DeviceConfig::UsbController(_)
+            | DeviceConfig::Serial(_)
             | DeviceConfig::Iothread(_)
             | DeviceConfig::ScsiController(_)
             | DeviceConfig::VirtioSerial(_) => None,
@@ -221,7 +241,9 @@ impl DeviceConfig {
             | DeviceConfig::ScsiController(_)
             | DeviceConfig::VirtioSerial(_)
             | DeviceConfig::Vdpa(_)
-            | DeviceConfig::VhostScsi(_) => Vec::new(),
+            | DeviceConfig::VhostScsi(_)
+            | DeviceConfig::UsbController(_)
+            | DeviceConfig::Usb(_) => Vec::new(),
         }
     }
 }

@@ -9,6 +9,7 @@ use crate::disk::{Aio, Discard};
 use crate::retry::Retry;
 use crate::text::words;
 use crate::units::Mac;
+use crate::usb::{UsbFact, UsbNeed};
 use crate::vf::VfProfile;
 
 words! {
@@ -47,6 +48,8 @@ pub struct HostFacts {
     pub pci: BTreeMap<HostBdf, HostFunction>,
     /// Whether the kernel has iommufd.
     pub iommufd: bool,
+    /// The USB devices of the host, hubs among them; looked at where a config names one.
+    pub usb: Vec<UsbFact>,
 }
 
 words! {
@@ -239,6 +242,8 @@ pub enum HostNeed {
         /// What it is to be.
         wanted: VfProfile,
     },
+    /// A USB device: leased host-wide, opened by QEMU itself.
+    Usb(UsbNeed),
 }
 
 /// A process that opens a disk's image in QEMU's place, serves it over NBD, and retries what fails.

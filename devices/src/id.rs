@@ -24,6 +24,11 @@ impl DeviceId {
         DeviceId(format!("{prefix}{number}"))
     }
 
+    /// A function that comes with a USB controller.
+    pub(crate) fn companion(&self, number: u8) -> String {
+        format!("{}-uhci{number}", self.0)
+    }
+
     /// The netdev behind a NIC.
     pub(crate) fn netdev(&self) -> String {
         format!("{}-net", self.0)

@@ -34,8 +34,9 @@ use crate::passthrough::VfioConfig;
 use crate::refusal::Refusal;
 use crate::retry::{Policies, Retry};
 use crate::spec::{Backend, DeviceSpec};
-use crate::topology::{Moment, Seat, Topology, TopologyError};
+use crate::topology::{Hold, Moment, Occupant, Seat, Topology, TopologyError};
 use crate::units::Mac;
+use crate::usb::UsbNeed;
 
 /// A device that was planned: everything that is needed to make it, and to unmake it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -108,10 +109,10 @@ pub fn plan_machine(
     qemu: &Capabilities,
 ) -> Result<Layout, (usize, Refusal)> {
     let configs = layout.labelled(layout.named(configs)?)?;
-    for config in &configs {
+    for (index, config) in configs.iter().enumerate() {
         // Before any of them chooses a seat, so that addresses count the controllers as the file does.
         if let Some(id) = config.id() {
-            layout.add_controller(id, config).map_err(|refusal| (0, refusal))?;
+            layout.add_controller(id, config).map_err(|refusal| (index, refusal))?;
         }
     }
     layout.reserved = configs.iter().filter_map(DeviceConfig::id).cloned().collect();
@@ -193,21 +194,33 @@ impl Layout {
     /// Puts a device back that is known from the journal: adoption.
     pub fn restore(&mut self, placed: Placed) -> Result<(), Refusal> {
         if let Some(address) = placed.address.clone() {
-            let occupant = crate::topology::Occupant {
-                name: placed.id.to_string(),
-                hold: crate::topology::Hold::Present,
-            };
-            let taken = self.topology.take(address, occupant);
-            taken.map_err(|source| Refusal::Seat { id: placed.id.clone(), source })?;
+            self.sit(&placed.id, &placed.config, address)?;
         }
         if let Some(index) = placed.index {
             match &placed.config {
+                DeviceConfig::UsbController(usb) => {
+                    self.topology.set_usb_controller(index, &placed.id, usb.model);
+                }
                 DeviceConfig::ScsiController(_) => self.topology.set_scsi_controller(index, &placed.id),
                 _ => self.topology.set_serial_controller(index, &placed.id),
             }
         }
         self.note_generation(&placed);
         self.devices.push(placed);
+        Ok(())
+    }
+
+    /// Takes a device's very seat, and those that go with it.
+    fn sit(&mut self, id: &DeviceId, config: &DeviceConfig, address: Address) -> Result<(), Refusal> {
+        let further = match config {
+            DeviceConfig::UsbController(usb) => usb.further_seats(&address),
+            _ => Vec::new(),
+        };
+        for seat in std::iter::once(address).chain(further) {
+            let occupant = Occupant { name: id.to_string(), hold: Hold::Present };
+            let taken = self.topology.take(seat, occupant);
+            taken.map_err(|source| Refusal::Seat { id: id.clone(), source })?;
+        }
         Ok(())
     }
 
@@ -256,7 +269,9 @@ impl Layout {
     fn has_id(&self, id: &DeviceId) -> bool {
         let buses =
             self.topology.ports().iter().map(|p| &p.id).chain(self.topology.bridges().iter().map(|b| &b.id));
+        let companions = self.devices.iter().flat_map(|d| &d.spec.companions);
         self.devices.iter().map(|d| &d.id).chain(buses).any(|known| known == id)
+            || companions.into_iter().any(|companion| companion.id() == id.as_str())
             || self.topology.could_grow_to(id)
     }
 
@@ -283,19 +298,27 @@ impl Layout {
         host_devices::adopt_mac(&mut config, &storage);
         self.assign(&id, &mut config)?;
         let passed = self.passthrough(&id, &mut config, host, qemu, moment)?;
-        let seat = seat(&config);
+        let seat = seat(&config, host);
         if let Some(seat) = &seat {
             self.controller_for(&id, seat, host, qemu, moment)?;
         }
         let claimed = seat.map(|seat| self.topology.claim(&id, &seat, moment)).transpose();
         let address = claimed.map_err(|source| Refusal::Seat { id: id.clone(), source })?;
+        if let Some(address) = &address {
+            self.sit(&id, &config, address.clone())?;
+        }
         let index = self.add_controller(&id, &config)?;
         let spec = match (&passed, address.as_ref()) {
             (Some(passed), Some(address)) => passed.lower(&id, &config, address),
             _ => self.lower(&id, &config, address.as_ref(), &storage, host),
         };
         check_spec(&spec, qemu)?;
+        let mut names = spec.companions.iter().filter_map(|companion| companion.id().parse().ok());
+        if let Some(id) = names.find(|name| self.has_id(name) || self.reserved.contains(name)) {
+            return Err(Refusal::DuplicateId { id });
+        }
         let (mut needs, mut rest) = (needs(&self.vm, &id, &config, &storage, host), Vec::new());
+        self.check_usb(&id, &needs, &config)?;
         if let Some(passed) = passed {
             (needs, rest) = (passed.needs, passed.rest);
         }
@@ -341,7 +364,7 @@ impl Layout {
                 let missing = !self.topology.has_free_serial_port(*console);
                 missing.then(|| DeviceConfig::VirtioSerial(VirtioSerialConfig::default()))
             }
-            Seat::Pci(_) | Seat::Isa => None,
+            Seat::Pci(_) | Seat::Isa | Seat::RootSlot | Seat::Usb { .. } => None,
         };
         let Some(mut config) = config else { return Ok(()) };
         config.set_id(free_id(config.id_prefix(), |other| {
@@ -355,6 +378,10 @@ impl Layout {
         let index = match config {
             DeviceConfig::ScsiController(_) => self.topology.add_scsi_controller(id),
             DeviceConfig::VirtioSerial(_) => self.topology.add_serial_controller(id),
+            DeviceConfig::UsbController(usb) => {
+                let added = self.topology.add_usb_controller(id, usb.model, usb.index);
+                return added.map(Some).map_err(|source| Refusal::Usb { id: id.clone(), source });
+            }
             _ => return Ok(None),
         };
         let full = Refusal::Seat { id: id.clone(), source: TopologyError::Full { kind: "controller index" } };
@@ -372,6 +399,7 @@ impl Layout {
         let controller = address.and_then(|address| match address {
             Address::Scsi(a) => self.topology.scsi_controller(a.controller),
             Address::SerialPort { controller, .. } => self.topology.serial_controller(*controller),
+            Address::Usb { controller, .. } => self.topology.usb_controller(*controller),
             Address::Pci(_) | Address::Isa(_) => None,
         });
         match (config, address) {
@@ -391,6 +419,8 @@ impl Layout {
                 vdpa.lower(id, address, device, self.free_fdset(), self.next_generation(id))
             }
             (DeviceConfig::VhostScsi(scsi), Some(address)) => scsi.lower(id, address),
+            (DeviceConfig::UsbController(usb), Some(address)) => usb.lower(id, address),
+            (DeviceConfig::Usb(usb), Some(address)) => usb.lower(id, address, controller, host),
             (DeviceConfig::Iothread(iothread), _) => iothread.lower(id),
             (DeviceConfig::Vfio(_) | DeviceConfig::Vf(_), _) => {
                 unreachable!("what passes a function through lowers it")
@@ -430,7 +460,16 @@ impl Placed {
             HostNeed::Socket { path } => Some(path.clone()),
             _ => None,
         });
-        self.config.backing().or(socket)
+        let usb = self.usb().map(UsbNeed::name);
+        usb.or_else(|| self.config.backing()).or(socket)
+    }
+
+    /// The host's USB device that it is.
+    pub fn usb(&self) -> Option<&UsbNeed> {
+        self.needs.iter().find_map(|need| match need {
+            HostNeed::Usb(usb) => Some(usb),
+            _ => None,
+        })
     }
 
     /// A disk's target label.

@@ -36,6 +36,7 @@ pub mod spec;
 pub mod text;
 pub mod topology;
 pub mod units;
+pub mod usb;
 pub mod vdpa;
 pub mod vf;
 pub mod vhost_scsi;

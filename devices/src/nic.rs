@@ -221,7 +221,7 @@ impl NicConfig {
             // The option ROM serves PXE alone, and comes in a package that a small host does not have.
             "romfile": self.bootindex.is_none().then_some(""),
         }));
-        DeviceSpec { id: id.clone(), backends, frontend: Some(Frontend(frontend)) }
+        DeviceSpec { id: id.clone(), backends, frontend: Some(Frontend(frontend)), companions: Vec::new() }
     }
 
     fn netdev(&self, id: &DeviceId) -> Netdev {

@@ -279,7 +279,7 @@ fn lower(
         "rombar": (rom.rom == Some("off")).then_some(0),
         "romfile": rom.rom.filter(|rom| !matches!(*rom, "on" | "off")),
     }));
-    DeviceSpec { id: id.clone(), backends, frontend: Some(Frontend(frontend)) }
+    DeviceSpec { id: id.clone(), backends, frontend: Some(Frontend(frontend)), companions: Vec::new() }
 }
 
 /// Vendor and devices of the accelerators that the kernel offers by its uacce class, PF and VF of each: HPRE, SEC, ZIP.

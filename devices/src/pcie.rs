@@ -192,7 +192,12 @@ impl RootPort {
             "io-reserve": 0,
             "pref64-reserve": self.pref64_reserve.map(Size::as_bytes),
         }));
-        DeviceSpec { id: self.id.clone(), backends: Vec::new(), frontend: Some(Frontend(frontend)) }
+        DeviceSpec {
+            id: self.id.clone(),
+            backends: Vec::new(),
+            frontend: Some(Frontend(frontend)),
+            companions: Vec::new(),
+        }
     }
 }
 
@@ -205,7 +210,12 @@ impl Bridge {
             "bus": self.seat.as_str(),
             "addr": "00.0",
         }));
-        DeviceSpec { id: self.id.clone(), backends: Vec::new(), frontend: Some(Frontend(frontend)) }
+        DeviceSpec {
+            id: self.id.clone(),
+            backends: Vec::new(),
+            frontend: Some(Frontend(frontend)),
+            companions: Vec::new(),
+        }
     }
 }
 

@@ -84,7 +84,12 @@ impl SerialConfig {
             }
             _ => port("virtconsole", id, address, controller, None),
         };
-        DeviceSpec { id: id.clone(), backends: vec![backend], frontend: Some(Frontend(props(frontend))) }
+        DeviceSpec {
+            id: id.clone(),
+            backends: vec![backend],
+            frontend: Some(Frontend(props(frontend))),
+            companions: Vec::new(),
+        }
     }
 }
 
@@ -126,7 +131,12 @@ impl ChannelConfig {
         let stream = Stream::UnixListen(self.socket(id, run_dir));
         let backend = Backend::Chardev(Chardev { id: id.chardev(), stream, log: None });
         let frontend = port("virtserialport", id, address, controller, Some(self.name(id)));
-        DeviceSpec { id: id.clone(), backends: vec![backend], frontend: Some(Frontend(props(frontend))) }
+        DeviceSpec {
+            id: id.clone(),
+            backends: vec![backend],
+            frontend: Some(Frontend(props(frontend))),
+            companions: Vec::new(),
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use thiserror::Error;
 use crate::id::{DeviceId, Label};
 use crate::passthrough::PassthroughError;
 use crate::topology::TopologyError;
+use crate::usb::UsbRule;
 use crate::vdpa::VdpaError;
 use crate::vhost_scsi::VhostScsiError;
 
@@ -54,6 +55,14 @@ pub enum Refusal {
         id: DeviceId,
         /// Why.
         source: TopologyError,
+    },
+    /// A rule for USB.
+    #[error("{id}: {source}")]
+    Usb {
+        /// The device.
+        id: DeviceId,
+        /// The rule.
+        source: UsbRule,
     },
     /// A key that this kind or setting of a device does not take.
     #[error("{id}: `{key}` does not go with {with}: {next}")]

@@ -45,6 +45,9 @@ pub struct DeviceSpec {
     pub backends: Vec<Backend>,
     /// What the guest sees. An iothread has none.
     pub frontend: Option<Frontend>,
+    /// Further functions of the same slot, made after the frontend. Only what cannot be unplugged has any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub companions: Vec<Frontend>,
 }
 
 /// A QEMU object that the guest does not see.
@@ -177,6 +180,11 @@ impl Backend {
 pub struct Frontend(pub Props);
 
 impl Frontend {
+    /// QEMU's id of it.
+    pub fn id(&self) -> &str {
+        self.0.get("id").and_then(Value::as_str).unwrap_or("")
+    }
+
     /// QEMU's name of the driver.
     pub fn driver(&self) -> &str {
         self.0.get("driver").and_then(Value::as_str).unwrap_or("")
@@ -213,6 +221,11 @@ impl Frontend {
 }
 
 impl DeviceSpec {
+    /// All that the guest sees of it.
+    pub fn frontends(&self) -> impl Iterator<Item = &Frontend> {
+        self.frontend.iter().chain(&self.companions)
+    }
+
     /// The command that asks the guest to let go of it.
     pub fn device_del(&self) -> Call {
         Call::new("device_del", json!({"id": self.id.as_str()}))
@@ -221,7 +234,7 @@ impl DeviceSpec {
     /// The whole device as command-line words.
     pub fn argv(&self, qemu: &Capabilities, numbers: &Numbers) -> Vec<String> {
         let backends = self.backends.iter().flat_map(|b| b.flag(qemu, numbers));
-        backends.chain(self.frontend.iter().flat_map(|f| f.flag(qemu, numbers))).collect()
+        backends.chain(self.frontends().flat_map(|f| f.flag(qemu, numbers))).collect()
     }
 
     /// The whole device as the QMP commands of its hot-plug, `getfd` among them.
@@ -232,7 +245,7 @@ impl DeviceSpec {
             calls.extend(backend.descriptors().map(getfd));
             calls.push(backend.add());
         }
-        if let Some(frontend) = &self.frontend {
+        for frontend in self.frontends() {
             calls.extend(frontend.descriptor().map(getfd));
             calls.push(frontend.add());
         }

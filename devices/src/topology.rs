@@ -4,6 +4,8 @@
 //! device was asked to leave is still taken; only `release` frees it. Does not know what kinds of device there are.
 
 mod error;
+mod seat;
+mod usb;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
@@ -11,75 +13,13 @@ use std::ops::RangeInclusive;
 use serde::{Deserialize, Serialize};
 
 pub use error::TopologyError;
+pub use seat::{Hold, Moment, Occupant, Seat, SeatCount};
 
 use crate::address::{Address, Function, PciSeat, ScsiAddress, Slot};
 use crate::id::DeviceId;
 use crate::pcie::{Bridge, RootPort};
 use crate::units::Size;
-
-/// Who holds a seat.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Occupant {
-    /// The device's id; of a foreign one, what QEMU calls it.
-    pub name: String,
-    /// How it holds it.
-    pub hold: Hold,
-}
-
-/// How a seat is held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Hold {
-    /// By a device of ours.
-    Present,
-    /// By a device of ours that was asked to leave.
-    Leaving,
-    /// By something that qvirt did not make.
-    Foreign,
-}
-
-/// A kind of seat with a wish, if there is one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Seat {
-    /// A PCI function; without a wish, a root port.
-    Pci(Option<PciSeat>),
-    /// A LUN on a virtio-scsi controller.
-    Scsi {
-        /// The controller's index; default: the first with a free target.
-        controller: Option<u8>,
-        /// Default: the first free one.
-        target: Option<u8>,
-        /// Default: 0.
-        unit: Option<u16>,
-    },
-    /// A port of a virtio-serial controller; consoles begin at 0, channels at 1.
-    SerialPort {
-        /// Whether it is a console.
-        console: bool,
-    },
-    /// An ISA serial port.
-    Isa,
-}
-
-/// Whether the machine runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Moment {
-    /// Before the start: everything can be placed everywhere, and root ports grow on demand.
-    Cold,
-    /// In a running machine.
-    Hot,
-}
-
-/// Free and taken seats of one kind.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct SeatCount {
-    /// `root-port`, `scsi-target CONTROLLER`, `virtio-serial CONTROLLER`, `isa-serial`.
-    pub kind: String,
-    /// Free seats.
-    pub free: usize,
-    /// All seats.
-    pub total: usize,
-}
+use crate::usb::UsbModel;
 
 /// The table of seats of one machine.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -91,6 +31,8 @@ pub struct Topology {
     pref64_reserve: Option<Size>,
     scsi: BTreeMap<u8, DeviceId>,
     serial: BTreeMap<u8, DeviceId>,
+    #[serde(default)]
+    usb: BTreeMap<u8, (DeviceId, UsbModel)>,
     taken: BTreeMap<Address, Occupant>,
     /// Slots of the root bus whose function 0 says that there are more.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
@@ -200,6 +142,8 @@ impl Topology {
             }
             Seat::SerialPort { console } => self.serial_port(*console)?,
             Seat::Isa => self.first_free((0..ISA_PORTS).map(Address::Isa), "ISA serial port")?,
+            Seat::RootSlot => self.root_slot()?,
+            Seat::Usb { speeds, controller, port } => self.usb_port(speeds, *controller, *port)?,
         };
         self.take(address.clone(), Occupant { name: id.to_string(), hold: Hold::Present })?;
         Ok(address)
@@ -243,6 +187,7 @@ impl Topology {
         self.taken.retain(|_, occupant| occupant.name != id.as_str() || occupant.hold == Hold::Foreign);
         self.scsi.retain(|_, controller| controller != id);
         self.serial.retain(|_, controller| controller != id);
+        self.usb.retain(|_, (controller, _)| controller != id);
     }
 
     /// Function 0 of a slot of the root bus says that there are more.
@@ -264,6 +209,9 @@ impl Topology {
             Address::Scsi(a) => self.scsi.get(&a.controller) == Some(controller),
             Address::SerialPort { controller: index, .. } => self.serial.get(index) == Some(controller),
             Address::Pci(PciSeat::Port(port) | PciSeat::Bridge(port, ..)) => port == controller,
+            Address::Usb { controller: index, .. } => {
+                self.usb.get(index).is_some_and(|(id, _)| id == controller)
+            }
             Address::Pci(PciSeat::Root(..)) | Address::Isa(_) => false,
         };
         self.taken.iter().filter(|(address, _)| on(address)).map(|(_, o)| o.name.as_str()).collect()
@@ -298,6 +246,7 @@ impl Topology {
                 .iter()
                 .map(|(i, id)| count(format!("virtio-serial {id}"), ports(i), SERIAL_PORTS.into())),
         );
+        counts.extend(self.usb_counts());
         counts
     }
 

@@ -371,7 +371,12 @@ impl VdpaConfig {
         let mut frontend = props(json!({"driver": more["driver"]}));
         frontend.extend(props(place));
         frontend.extend(props(more));
-        DeviceSpec { id: id.clone(), backends: vec![backend], frontend: Some(Frontend(frontend)) }
+        DeviceSpec {
+            id: id.clone(),
+            backends: vec![backend],
+            frontend: Some(Frontend(frontend)),
+            companions: Vec::new(),
+        }
     }
 
     fn netdev(&self, id: &DeviceId) -> Netdev {

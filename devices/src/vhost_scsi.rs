@@ -185,7 +185,12 @@ impl VhostScsiConfig {
             "num_queues": self.queues,
             "bootindex": self.bootindex,
         }));
-        DeviceSpec { id: id.clone(), backends: Vec::new(), frontend: Some(Frontend(frontend)) }
+        DeviceSpec {
+            id: id.clone(),
+            backends: Vec::new(),
+            frontend: Some(Frontend(frontend)),
+            companions: Vec::new(),
+        }
     }
 }
 

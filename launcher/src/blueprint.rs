@@ -4,7 +4,6 @@
 
 use std::path::PathBuf;
 
-use devices::Layout;
 use devices::capabilities::Capabilities;
 use devices::host::{Format, HostFacts};
 use devices::layout::{check_spec, plan_machine};
@@ -12,6 +11,7 @@ use devices::machine::{Machine, MachineError, versioned};
 use devices::pcie::{RootPort, written_out};
 use devices::spec::Numbers;
 use devices::topology::Topology;
+use devices::{DeviceConfig, DeviceId, Layout};
 use thiserror::Error;
 
 use crate::accel::{self, Accel, AccelError};
@@ -19,7 +19,8 @@ use crate::config::{ConfigError, VmConfig};
 use crate::examine::{Answer, Question, examine};
 use crate::folders::{Folders, FoldersError, VmFiles};
 use crate::host::pci::PciError;
-use crate::host::{scsi_target, vdpa, vfio};
+use crate::host::usb::UsbError;
+use crate::host::{scsi_target, usb, vdpa, vfio};
 use crate::lease::{LeaseError, Leases};
 use crate::probe::{ProbeError, probe};
 use crate::process::{SpawnError, find_binary};
@@ -53,6 +54,9 @@ pub enum BlueprintError {
     /// QEMU could not be asked.
     #[error(transparent)]
     Probe(#[from] ProbeError),
+    /// The host's USB devices.
+    #[error(transparent)]
+    Usb(#[from] UsbError),
     /// QEMU is missing.
     #[error(transparent)]
     Binary(#[from] SpawnError),
@@ -79,6 +83,8 @@ pub struct Blueprint {
     pub layout: Layout,
     /// The accelerator that was picked, and why.
     pub accel_reason: String,
+    /// What is allowed and yet worth a word.
+    pub warnings: Vec<String>,
 }
 
 impl Blueprint {
@@ -92,6 +98,7 @@ impl Blueprint {
         let mut facts = HostFacts::default();
         vdpa::learn(&mut facts, &config.devices);
         scsi_target::learn(&mut facts, &config.devices);
+        usb::facts::learn(&mut facts, &config.devices).await?;
         let leases = Leases::open(&folders.leases)?;
         vfio::learn(&mut facts, &config.devices, &leases)?;
         Blueprint::plan(config, binary, qemu, &accel::HostFacts::read(), &files, (facts, answers))
@@ -128,9 +135,10 @@ impl Blueprint {
             notify.check().map_err(|why| config.at_notify(why))?;
         }
         let facts = facts_of(&config, files, found)?;
-        let layout = layout(&config, machine.shares_memory(), &facts, &qemu)?;
+        let (layout, mut warnings) = layout(&config, machine.shares_memory(), &facts, &qemu)?;
+        warnings.extend(devices::usb::warnings(&layout.topology().usb_controllers(), &facts.usb));
         let accel_reason = format!("{}: {accel_reason}", machine.accel);
-        Ok(Blueprint { config, binary, qemu, machine, layout, accel_reason })
+        Ok(Blueprint { config, binary, qemu, machine, layout, accel_reason, warnings })
     }
 
     /// Which disks do not start from the image that their config names, for people.
@@ -218,12 +226,13 @@ fn machine(config: &VmConfig, accel: Accel, qemu: &Capabilities) -> Result<Machi
     Ok(machine)
 }
 
+/// The planned machine, and what it does without.
 fn layout(
     config: &VmConfig,
     shared_memory: bool,
     facts: &HostFacts,
     qemu: &Capabilities,
-) -> Result<Layout, ConfigError> {
+) -> Result<(Layout, Vec<String>), ConfigError> {
     let reserve = config.pcie.pref64_reserve;
     let topology = if config.controllers.is_empty() {
         Topology::growing(reserve)
@@ -233,8 +242,9 @@ fn layout(
         Topology::written_out(ports, bridges)
     };
     let empty = Layout::new(config.name.as_str(), shared_memory, topology);
-    let mut layout = plan_machine(empty, &config.devices, facts, qemu)
-        .map_err(|(index, refusal)| config.at_device(index, refusal))?;
+    let (places, devices, warnings) = without_absent(&config.devices, facts);
+    let mut layout = plan_machine(empty, &devices, facts, qemu)
+        .map_err(|(index, refusal)| config.at_device(places[index], refusal))?;
     if config.controllers.is_empty() {
         let spare = config.pcie.root_ports.unwrap_or(RootPort::DEFAULT_SPARE);
         layout
@@ -245,7 +255,31 @@ fn layout(
     for spec in layout.controllers() {
         check_spec(&spec, qemu).map_err(|refusal| config.at_top(refusal))?;
     }
-    Ok(layout)
+    Ok((layout, warnings))
+}
+
+/// Devices without those that may be missing on the host and are: their places in the config, the devices, and word of the others.
+fn without_absent(
+    devices: &[DeviceConfig],
+    facts: &HostFacts,
+) -> (Vec<usize>, Vec<DeviceConfig>, Vec<String>) {
+    let (mut places, mut present, mut warnings) = (Vec::new(), Vec::new(), Vec::new());
+    for (place, device) in devices.iter().enumerate() {
+        match device {
+            DeviceConfig::Usb(usb) if usb.is_left_out(&facts.usb) => {
+                let id = usb.id.as_ref().map_or("a [[usb]] device", DeviceId::as_str);
+                let host = device.backing().unwrap_or_default();
+                warnings.push(format!(
+                    "{id} is left out: no USB device {host} is plugged into this host; plug it in, then `qvirt attach`"
+                ));
+            }
+            _ => {
+                places.push(place);
+                present.push(device.clone());
+            }
+        }
+    }
+    (places, present, warnings)
 }
 
 /// The UUID of a VM that was given none: the same on this host for the same name, and another on every other host.

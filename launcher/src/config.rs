@@ -14,6 +14,7 @@ use devices::nic::NicConfig;
 use devices::passthrough::{VfConfig, VfioConfig};
 use devices::pcie::{ControllerConfig, PcieConfig};
 use devices::port::{ChannelConfig, SerialConfig};
+use devices::usb::{UsbConfig, UsbControllerConfig};
 use devices::vdpa::VdpaConfig;
 use devices::vhost_scsi::VhostScsiConfig;
 use serde::{Deserialize, Deserializer};
@@ -115,6 +116,10 @@ struct VmFile {
     vfio: Vec<Spanned<VfioConfig>>,
     #[serde(default)]
     vf: Vec<Spanned<VfConfig>>,
+    #[serde(default)]
+    usb_controller: Vec<Spanned<UsbControllerConfig>>,
+    #[serde(default)]
+    usb: Vec<Spanned<UsbConfig>>,
 }
 
 /// A device file: the same tables, `[disk]` or `[[disk]]`.
@@ -134,6 +139,8 @@ struct DeviceFile {
     vhost_scsi: OneOrMany<VhostScsiConfig>,
     vfio: OneOrMany<VfioConfig>,
     vf: OneOrMany<VfConfig>,
+    usb_controller: OneOrMany<UsbControllerConfig>,
+    usb: OneOrMany<UsbConfig>,
 }
 
 #[derive(Debug)]
@@ -337,7 +344,9 @@ fn devices_of(file: &VmFile, line: &dyn Fn(usize) -> usize) -> (Vec<DeviceConfig
         .chain(all(&file.vdpa, DeviceConfig::Vdpa))
         .chain(all(&file.vhost_scsi, DeviceConfig::VhostScsi))
         .chain(all(&file.vfio, DeviceConfig::Vfio))
-        .chain(all(&file.vf, DeviceConfig::Vf));
+        .chain(all(&file.vf, DeviceConfig::Vf))
+        .chain(all(&file.usb_controller, DeviceConfig::UsbController))
+        .chain(all(&file.usb, DeviceConfig::Usb));
     found.map(|(device, offset)| (device, line(offset))).unzip()
 }
 
@@ -365,6 +374,8 @@ pub fn read_device(path: &Path) -> Result<DeviceConfig, ConfigError> {
     devices.extend(file.vhost_scsi.0.into_iter().map(DeviceConfig::VhostScsi));
     devices.extend(file.vfio.0.into_iter().map(DeviceConfig::Vfio));
     devices.extend(file.vf.0.into_iter().map(DeviceConfig::Vf));
+    devices.extend(file.usb_controller.0.into_iter().map(DeviceConfig::UsbController));
+    devices.extend(file.usb.0.into_iter().map(DeviceConfig::Usb));
     let found = devices.len();
     match devices.pop() {
         Some(mut device) if found == 1 => {
@@ -390,6 +401,8 @@ pub fn parse_flag(table: &'static str, text: &str, folder: &Path) -> Result<Devi
         "vhost_scsi" => parse(text).map(DeviceConfig::VhostScsi),
         "vfio" => parse(text).map(DeviceConfig::Vfio),
         "vf" => parse(text).map(DeviceConfig::Vf),
+        "usb_controller" => parse(text).map(DeviceConfig::UsbController),
+        "usb" => parse(text).map(DeviceConfig::Usb),
         _ => parse(text).map(DeviceConfig::Channel),
     };
     let mut device = parsed.map_err(|source| {

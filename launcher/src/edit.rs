@@ -78,6 +78,8 @@ fn table(device: &DeviceConfig) -> Result<Table, EditError> {
         DeviceConfig::VhostScsi(config) => of(config),
         DeviceConfig::Vfio(config) => of(config),
         DeviceConfig::Vf(config) => of(config),
+        DeviceConfig::UsbController(config) => of(config),
+        DeviceConfig::Usb(config) => of(config),
     }?;
     for (_, item) in table.iter_mut() {
         if let Item::Table(inner) = item {

@@ -450,7 +450,8 @@ async fn agree(qmp: &Qmp, launch: &Launch) -> Result<(), Cause> {
     same_uuid(qmp, &launch.machine.uuid).await?;
     let peripherals = crate::work::peripherals(qmp).await?;
     let frontends = launch.layout.devices().iter().filter(|d| d.spec.frontend.is_some());
-    match frontends.map(|d| &d.id).find(|id| !peripherals.iter().any(|p| p == id.as_str())) {
+    let missing = frontends.map(|d| &d.id).find(|id| !peripherals.iter().any(|p| p == id.as_str()));
+    match missing {
         Some(id) => Err(Cause::Missing { id: id.clone() }),
         None => Ok(()),
     }
@@ -482,5 +483,6 @@ fn record(blueprint: &Blueprint, argv: Vec<String>, paused: bool) -> Launch {
         accel_reason: blueprint.accel_reason.clone(),
         paused,
         notify: blueprint.config.notify.clone(),
+        warnings: blueprint.warnings.clone(),
     }
 }

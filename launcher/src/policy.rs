@@ -61,6 +61,9 @@ pub fn judge(name: &str, arguments: &Value, status: &Status) -> Result<Verdict, 
 fn tied_to_this_host(status: &Status) -> Option<String> {
     let kinds = [("vdpa", "a vDPA device"), ("vhost_scsi", "a vhost-scsi target")];
     status.devices.iter().find_map(|device| {
+        if let Some(usb) = &device.usb {
+            return Some(format!("device {} is the USB device {}:{}", device.id, usb.vendor, usb.product));
+        }
         let (_, what) = kinds.iter().find(|(kind, _)| *kind == device.kind)?;
         Some(format!("device {} is {what}", device.id))
     })

@@ -48,6 +48,9 @@ pub struct Launch {
     /// What is run when the storage of a disk fails.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notify: Option<Notify>,
+    /// What was allowed and yet worth a word.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// A record that cannot be used.

@@ -125,6 +125,9 @@ pub struct Detach {
     /// How long to wait for the guest, and to ask it again.
     #[serde(default)]
     pub wait_ms: u64,
+    /// Whether a USB disk of the host is taken away without a look whether the guest uses it.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// What became of a detach.
@@ -135,6 +138,9 @@ pub enum Detached {
     Removed {
         /// The device.
         id: String,
+        /// What may have been lost with it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        warning: Option<String>,
     },
     /// The guest said no, or QEMU did; the device is as it was.
     Refused {

@@ -154,6 +154,52 @@ pub struct IoStatus {
     pub counters: Counters,
 }
 
+/// Where a USB device of the host is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UsbState {
+    /// The guest has it.
+    Attached,
+    /// It is not plugged into the host any more.
+    Gone,
+    /// Another device is plugged into its port.
+    Other,
+    /// It is plugged in, and QEMU has not taken it.
+    Waiting,
+}
+
+impl std::fmt::Display for UsbState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            UsbState::Attached => "attached",
+            UsbState::Gone => "gone from the host",
+            UsbState::Other => "another device on its port",
+            UsbState::Waiting => "not taken by QEMU",
+        })
+    }
+}
+
+/// A USB device of the host, given to the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UsbStatus {
+    /// Where it is.
+    pub state: UsbState,
+    /// Its bus on the host.
+    pub bus: u8,
+    /// The ports on the way to it.
+    pub port: String,
+    /// Its number on the bus, while it is plugged in.
+    pub device: Option<u8>,
+    /// Vendor, four hexadecimal digits.
+    pub vendor: String,
+    /// Product.
+    pub product: String,
+    /// The serial number that it had when it was given to the guest.
+    pub serial: Option<String>,
+    /// Whether it is a disk.
+    pub storage: bool,
+}
+
 /// A device of the VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStatus {
@@ -198,6 +244,9 @@ pub struct DeviceStatus {
     /// Of a disk that retries: where it stands.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io: Option<IoStatus>,
+    /// Of a USB device of the host: where it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usb: Option<UsbStatus>,
 }
 
 impl DeviceStatus {

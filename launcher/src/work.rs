@@ -7,6 +7,7 @@
 
 mod media;
 pub mod merge;
+mod present;
 pub mod snapshot;
 
 use std::collections::BTreeMap;
@@ -26,6 +27,8 @@ use crate::injection::{Injected, Steps};
 use crate::journal::{Journal, JournalError};
 use crate::quirks::{self, UnplugError};
 use crate::record::{Entry, Memory, Stage};
+
+pub use present::{peripherals, usb_attached};
 
 /// A step that failed.
 #[derive(Debug, Error)]
@@ -153,6 +156,7 @@ impl Step {
         "function",
         "driver",
         "vf-profile",
+        "usb",
         "descriptor",
         "object",
         "blockdev",
@@ -178,6 +182,7 @@ impl Step {
             Step::Need(HostNeed::Function { .. }) => "function",
             Step::Need(HostNeed::Driver { .. }) => "driver",
             Step::Need(HostNeed::VfProfile { .. }) => "vf-profile",
+            Step::Need(HostNeed::Usb(_)) => "usb",
             Step::Descriptor(_) => "descriptor",
             Step::Backend(Backend::Object(_)) => "object",
             Step::Backend(Backend::Blockdev(_)) => "blockdev",
@@ -332,6 +337,7 @@ impl Workshop {
                 if !peripherals(&self.qmp).await?.contains(&device.id.to_string()) {
                     return Err(StepError::Vanished);
                 }
+                self.verify_usb(device).await?;
             }
             Step::Settle => {
                 self.journal.append(&Entry::Stage { id: device.id.clone(), stage: Stage::Present })?
@@ -477,18 +483,6 @@ async fn aside<T: Send + 'static>(
         Ok(outcome) => Ok(outcome?),
         Err(error) => Err(StepError::Lost(error)),
     }
-}
-
-/// Ids of all devices that were given one.
-pub async fn peripherals(qmp: &Qmp) -> Result<Vec<String>, StepError> {
-    let reply = qmp.call("qom-list", json!({"path": "/machine/peripheral"})).await;
-    let reply = reply.map_err(|source| StepError::Qmp { command: "qom-list", source })?;
-    let children = reply
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter(|p| p["type"].as_str().is_some_and(|t| t.starts_with("child<")));
-    Ok(children.filter_map(|p| p["name"].as_str()).map(str::to_owned).collect())
 }
 
 /// The QMP commands of an attach, as text for `--dry-run`.

@@ -21,4 +21,5 @@ mod scene;
 mod snapshot;
 mod socket;
 mod storage;
+mod usb;
 mod words;

@@ -13,8 +13,18 @@ use crate::stage::Stage;
 
 /// Kinds of step that need a network to change, and the nodes for it, or devices of the host: where this host does not give us any of our own,
 /// they are failed in the lab.
-const IN_THE_LAB: [&str; 9] =
-    ["tap", "vhost-net", "descriptor", "vdpa", "vhost-scsi", "fdset", "function", "driver", "vf-profile"];
+const IN_THE_LAB: [&str; 10] = [
+    "tap",
+    "vhost-net",
+    "descriptor",
+    "vdpa",
+    "vhost-scsi",
+    "fdset",
+    "function",
+    "driver",
+    "vf-profile",
+    "usb",
+];
 
 /// A sweep ends with a success; none has so many steps.
 const MANY: u32 = 60;

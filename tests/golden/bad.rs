@@ -7,6 +7,7 @@ use devices::machine::{MachineError, versioned};
 use devices::passthrough::PassthroughError;
 use devices::pcie::{PcieRule, RootPort, written_out};
 use devices::topology::{Topology, TopologyError};
+use devices::usb::UsbRule;
 use devices::vdpa::VdpaError;
 use devices::vhost_scsi::VhostScsiError;
 use devices::{DeviceConfig, Layout, Moment, Refusal, plan, plan_machine};
@@ -32,13 +33,18 @@ macro_rules! variants {
 
 variants!(
     refusal, REFUSALS, Refusal: DuplicateId, LabelTaken, LabelPrefix, NoLabel, Seat, Misplaced, Missing, Value, UnknownImage,
-    NotInQemu, NoProperty, NoIothread, BootIndexTaken, MacTaken, PrivateMemory, Vdpa, VhostScsi, Passthrough, NotHotPluggable, InUse, NoSuchDevice, Busy
+    Usb, NotInQemu, NoProperty, NoIothread, BootIndexTaken, MacTaken, PrivateMemory, Vdpa, VhostScsi, Passthrough, NotHotPluggable, InUse,
+    NoSuchDevice, Busy
 );
 variants!(vdpa, VDPA, VdpaError: NoDevice, NoNode, Taken, Class, Mac, Queues, NoGeneric, NoBlockDriver);
 variants!(vhost_scsi, VHOST_SCSI, VhostScsiError: NoModule, NoTarget, NoGroup, NoNexus, Taken);
-variants!(topology, TOPOLOGY, TopologyError: NoFreePort, NoRoom, Taken, NoSuchSeat, NotHot, ReservedSlot, NotFunctionZero, NoController, Full);
+variants!(topology, TOPOLOGY, TopologyError: NoFreePort, NoRoom, Taken, NoSuchSeat, NotHot, ReservedSlot, NotFunctionZero, NoController, Usb, NoSlot, Full);
 variants!(
     passthrough, PASSTHROUGH, PassthroughError: BusZero, NoDevice, NoIommu, Bridge, Taken, NotBound, Shared, NoVf, NoPf, NoFreeVf, NoProfile
+);
+variants!(
+    usb, USB, UsbRule: Twice, Order, Index, NoController, NoSuchController, NoSuchPort, WrongPort, WrongController, Full, Companions,
+    TabletController, Absent, Ambiguous, Hub, Given
 );
 variants!(pcie, PCIE, PcieRule: Index, Chassis, Port, Function, Place, Slot, NoPort, Seat, Key, Id);
 variants!(machine, MACHINE, MachineError: Unknown, NoPcie, Memory, NoCpu);
@@ -60,7 +66,13 @@ impl Told {
     fn refusal(error: &Refusal) -> Told {
         let mut ways = vec![refusal(error)];
         match error {
-            Refusal::Seat { source, .. } => ways.push(topology(source)),
+            Refusal::Seat { source, .. } => {
+                ways.push(topology(source));
+                if let TopologyError::Usb(rule) = source {
+                    ways.push(usb(rule));
+                }
+            }
+            Refusal::Usb { source, .. } => ways.push(usb(source)),
             Refusal::Vdpa { source, .. } => ways.push(vdpa(source)),
             Refusal::VhostScsi { source, .. } => ways.push(vhost_scsi(source)),
             _ => {}
@@ -219,8 +231,8 @@ fn every_wrong_input_is_told_what_to_do_and_every_refusal_has_a_case() {
         check(name, told, &text);
     }
     all_good(results);
-    let all =
-        [REFUSALS, TOPOLOGY, VDPA, VHOST_SCSI, PASSTHROUGH, PCIE, MACHINE, CONFIG, IMAGES, ACCEL].concat();
+    let all = [REFUSALS, TOPOLOGY, USB, VDPA, VHOST_SCSI, PASSTHROUGH, PCIE, MACHINE, CONFIG, IMAGES, ACCEL]
+        .concat();
     let missing: Vec<_> = all.iter().filter(|variant| !seen.contains(**variant)).collect();
     assert!(missing.is_empty(), "no case is refused by {missing:?}: write one into tests/bad");
 }

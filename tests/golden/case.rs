@@ -4,7 +4,8 @@
 //! `folder NAME`, `block NAME` (a file that counts as a block device), `no-kvm`, `no-json-options`, `qemu-retries`,
 //! `without BLOCK-DRIVER`, `without-device DRIVER`, `libblkio`, `only 10.0`, `detach ID`, `snapshot` (what a snapshot of its disks is); of the host's
 //! devices `vdpa NAME CLASS N|DRIVER BUS|software QUEUES [MAC]`, `scsi-target WWPN GROUP[:no-nexus]...`, `no-vhost-scsi`, `no-configfs`, `iommufd`,
-//! `pci BDF VENDOR:DEVICE DRIVER GROUP [bridge] [uacce] [up] [pf VFS NETDEV] [vf PF INDEX] [silent] [held WHO]` with `-` for no driver or group.
+//! `pci BDF VENDOR:DEVICE DRIVER GROUP [bridge] [uacce] [up] [pf VFS NETDEV] [vf PF INDEX] [silent] [held WHO]` with `-` for no driver or group,
+//! `usb PLACE NUMBER SPEED VENDOR:PRODUCT SERIAL CLASS` in sysfs' and the kernel's words, with `-` for no serial number.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use devices::vf::VfProfile;
 use launcher::accel::{self, KvmNode, Virtualization};
 use launcher::examine::Question;
 use launcher::folders::{Folders, VmFiles};
+use launcher::host::sysfs::Sysfs;
 use launcher::image::{self, ImageError};
 use launcher::snapshot::Store;
 use tempfile::TempDir;
@@ -85,6 +87,9 @@ impl Case {
                 ]
                 | ["detach" | "without" | "without-device" | "only", _]
                 | ["vdpa" | "scsi-target" | "pci", ..] => Ok(()),
+                ["usb", place, number, speed, ids, serial, class] => {
+                    usb_device(&path("sys"), place, [number, speed, ids, serial, class])
+                }
                 _ => panic!("{}: directive {directive:?} is unknown", self.name),
             };
             written.expect("the folder is writable");
@@ -144,6 +149,7 @@ impl Case {
             iommufd: self.says("iommufd"),
             vdpa: vdpa.map(|words| vdpa_device(words)).collect(),
             scsi: Some(scsi),
+            usb: Sysfs::below(&self.path("sys")).usb_facts(),
             ..HostFacts::default()
         }
     }
@@ -290,6 +296,37 @@ fn function(words: &[String]) -> (HostBdf, HostFunction) {
         }
     }
     (bdf.parse().expect("an address"), function)
+}
+
+/// A USB device with one interface, which a driver has unless it is a hub.
+fn usb_device(
+    sysfs: &Path,
+    place: &str,
+    [number, speed, ids, serial, class]: [&str; 5],
+) -> std::io::Result<()> {
+    let devices = sysfs.join("bus/usb/devices");
+    let (folder, interface) = (devices.join(place), devices.join(format!("{place}:1.0")));
+    fs::create_dir_all(&folder)?;
+    fs::create_dir_all(&interface)?;
+    let bus = place.trim_start_matches("usb").split('-').next().unwrap_or("");
+    let (vendor, product) = ids.split_once(':').expect("vendor:product");
+    let files = [
+        ("busnum", bus),
+        ("devnum", number),
+        ("speed", speed),
+        ("idVendor", vendor),
+        ("idProduct", product),
+        ("serial", serial),
+    ];
+    for (file, text) in files.into_iter().filter(|(_, text)| *text != "-") {
+        fs::write(folder.join(file), format!("{text}\n"))?;
+    }
+    fs::write(folder.join("bDeviceClass"), if class == "09" { "09\n" } else { "00\n" })?;
+    fs::write(interface.join("bInterfaceClass"), format!("{class}\n"))?;
+    if class == "08" {
+        std::os::unix::fs::symlink("../../../bus/usb/drivers/usb-storage", interface.join("driver"))?;
+    }
+    Ok(())
 }
 
 /// Looks at a device's image, as planning wants it.

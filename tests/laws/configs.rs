@@ -10,6 +10,7 @@ use devices::port::{ChannelConfig, SerialConfig, SerialType};
 use devices::retry::{AtTimeout, EngineWish, ErrorPolicy, OnError};
 use devices::topology::Topology;
 use devices::units::{Mac, Millis};
+use devices::usb::{PortPath, UsbConfig, UsbControllerConfig, UsbFact, UsbModel, UsbSelector, UsbSpeed};
 use devices::vdpa::{VdpaConfig, VdpaRef, VdpaType};
 use devices::vhost_scsi::VhostScsiConfig;
 use devices::{DeviceConfig, DeviceId, Layout, Moment, Placed, plan_machine};
@@ -203,6 +204,53 @@ fn host_device() -> impl Strategy<Value = DeviceConfig> {
     ]
 }
 
+fn usb_port(number: u8) -> PortPath {
+    format!("{}.{number}", number % 3 + 1).parse().expect("a port path")
+}
+
+/// What is plugged into the host of every law: devices of all speeds, on one bus.
+fn usb_facts() -> Vec<UsbFact> {
+    let fact = |number: u8| UsbFact {
+        bus: 1,
+        device: number,
+        port: Some(usb_port(number)),
+        speed: UsbSpeed::ALL[usize::from(number) % UsbSpeed::ALL.len()],
+        vendor: 0x1209,
+        product: u16::from(number / 4),
+        serial: Some(format!("S{number}")),
+        title: None,
+        hub: false,
+        storage: number.is_multiple_of(2),
+        drivers: Vec::new(),
+    };
+    (1..=12).map(fact).collect()
+}
+
+/// Any text that may stand for a USB device, also of such as the host does not have.
+pub fn usb_selector() -> impl Strategy<Value = UsbSelector> {
+    let number = 1_u8..14;
+    prop_oneof![
+        number.clone().prop_map(|device| UsbSelector::Address { bus: 1, device }),
+        number.clone().prop_map(|number| UsbSelector::Port { bus: 1, port: usb_port(number) }),
+        (number, any::<bool>()).prop_map(|(number, serial)| UsbSelector::Ids {
+            vendor: 0x1209,
+            product: u16::from(number / 4),
+            serial: serial.then(|| format!("S{number}")),
+        }),
+    ]
+}
+
+fn usb() -> impl Strategy<Value = UsbConfig> {
+    let place = (option::weighted(0.3, 0_u8..3), option::weighted(0.3, 1_u8..9), option::weighted(0.3, id()));
+    let what = (option::weighted(0.8, usb_selector()), any::<bool>(), option::weighted(0.2, 0_u32..40));
+    (place, what).prop_map(|((controller, port, id), (host, optional, bootindex))| match host {
+        Some(host) => {
+            UsbConfig { id, host: Some(host), controller, port, optional, bootindex, ..Default::default() }
+        }
+        None => UsbConfig { id, tablet: true, port, ..Default::default() },
+    })
+}
+
 /// Any device.
 pub fn device() -> impl Strategy<Value = DeviceConfig> {
     let controller = (option::weighted(0.3, id()), option::weighted(0.3, pci_seat()), option::of(1_u16..9));
@@ -216,6 +264,12 @@ pub fn device() -> impl Strategy<Value = DeviceConfig> {
         1 => controller.prop_map(|(id, seat, queues)| {
             DeviceConfig::ScsiController(ScsiControllerConfig { id, iothread: None, queues, seat })
         }),
+        2 => (option::weighted(0.3, id()), select(UsbModel::ALL), option::weighted(0.2, pci_seat())).prop_map(
+            |(id, model, seat)| {
+                DeviceConfig::UsbController(UsbControllerConfig { id, model, index: None, seat })
+            }
+        ),
+        3 => usb().prop_map(DeviceConfig::Usb).boxed(),
         1 => (option::of(id()), option::of(pci_seat())).prop_map(|(id, seat)| {
             DeviceConfig::VirtioSerial(VirtioSerialConfig { id, seat })
         }),
@@ -229,7 +283,8 @@ pub fn devices() -> impl Strategy<Value = Vec<DeviceConfig>> {
 
 /// A host that has every image that the configs name; how deep its chain is depends on the path's length.
 pub fn host(devices: &[DeviceConfig]) -> HostFacts {
-    let mut host = HostFacts { run_dir: "/run/qvirt/vm".to_owned(), ..HostFacts::default() };
+    let mut host =
+        HostFacts { run_dir: "/run/qvirt/vm".to_owned(), usb: usb_facts(), ..HostFacts::default() };
     for path in devices.iter().filter_map(DeviceConfig::image) {
         let layer = |depth: usize| Layer {
             path: if depth == 0 { path.to_owned() } else { format!("{path}.{depth}") },
@@ -281,7 +336,7 @@ pub fn same_ports(layout: &Layout) -> Layout {
 
 /// The config of a placed device with its seat asked for.
 pub fn pinned(placed: &Placed) -> DeviceConfig {
-    use devices::address::Address::{Pci, Scsi};
+    use devices::address::Address::{Pci, Scsi, Usb};
     let mut config = placed.config.clone();
     match (&mut config, &placed.address) {
         (DeviceConfig::Disk(disk), Some(Pci(seat))) => disk.seat = Some(seat.clone()),
@@ -294,6 +349,9 @@ pub fn pinned(placed: &Placed) -> DeviceConfig {
         (DeviceConfig::VhostScsi(scsi), Some(Pci(seat))) => scsi.seat = Some(seat.clone()),
         (DeviceConfig::ScsiController(scsi), Some(Pci(seat))) => scsi.seat = Some(seat.clone()),
         (DeviceConfig::VirtioSerial(serial), Some(Pci(seat))) => serial.seat = Some(seat.clone()),
+        (DeviceConfig::Usb(usb), Some(Usb { controller, port })) => {
+            (usb.controller, usb.port) = (Some(*controller), Some(*port));
+        }
         _ => {}
     }
     config

@@ -46,6 +46,7 @@ fn address() -> impl Strategy<Value = Address> {
             .prop_map(|(controller, target, unit)| Address::Scsi(ScsiAddress { controller, target, unit })),
         (any::<u8>(), any::<u8>()).prop_map(|(controller, nr)| Address::SerialPort { controller, nr }),
         any::<u8>().prop_map(Address::Isa),
+        (any::<u8>(), 1..=u8::MAX).prop_map(|(controller, port)| Address::Usb { controller, port }),
     ]
 }
 
@@ -54,7 +55,7 @@ proptest! {
     fn newtypes_come_back(
         id in configs::id(), vd in configs::label("vd"), sd in configs::label("sd"), mac in configs::mac(),
         bytes in any::<u64>(), shift in 0_u32..64, number in 0_u64..100_000, unit in "ms|s|m|h",
-        seat in configs::pci_seat(), address in address(),
+        seat in configs::pci_seat(), address in address(), usb in configs::usb_selector(),
     ) {
         comes_back(&id)?;
         comes_back(&vd)?;
@@ -65,14 +66,17 @@ proptest! {
         comes_back(&format!("{number}{unit}").parse::<Millis>().expect("a time"))?;
         comes_back(&seat)?;
         comes_back(&address)?;
+        comes_back(&usb)?;
     }
 
     #[test]
     fn any_text_is_read_or_named_in_the_error(
         text in "\\PC{0,20}", size in "[0-9]{1,20} ?[KMGT]?i?B?", time in "[0-9]{1,20}[msh]{0,2}",
-        mac in "[0-9a-fA-F]{1,2}(:[0-9a-fA-F]{2}){4,6}", address in "(pcie\\.0|scsi|rp1|isa-serial)(:[0-9a-f.]{1,4}){0,4}",
+        mac in "[0-9a-fA-F]{1,2}(:[0-9a-fA-F]{2}){4,6}", usb in "[0-9a-f]{1,4}[:.-][0-9a-f]{1,4}([:.][0-9a-f]{0,4}){0,6}", address in "(pcie\\.0|scsi|rp1|isa-serial|usb)(:[0-9a-f.]{1,4}){0,4}",
     ) {
         settles::<DeviceId>(&text)?;
+        settles::<devices::usb::UsbSelector>(&text)?;
+        settles::<devices::usb::UsbSelector>(&usb)?;
         settles::<devices::id::Label>(&text)?;
         settles::<Size>(&text)?;
         settles::<Size>(&size)?;

@@ -83,7 +83,7 @@ impl DiskConfig {
         let node = (!chain.is_empty()).then(|| id.format_node(top));
         let mut frontend = props(self.frontend(id, address, controller, node));
         frontend.extend(props(self.error_properties(retry.as_ref())));
-        DeviceSpec { id: id.clone(), backends, frontend: Some(Frontend(frontend)) }
+        DeviceSpec { id: id.clone(), backends, frontend: Some(Frontend(frontend)), companions: Vec::new() }
     }
 
     /// The nodes of a new top layer, above the node `below`.
@@ -172,7 +172,7 @@ impl DiskConfig {
             Address::Scsi(a) => {
                 (controller.map(|c| format!("{c}.0")).unwrap_or_default(), None, Some((a.target, a.unit)))
             }
-            Address::SerialPort { .. } | Address::Isa(_) => (String::new(), None, None),
+            Address::SerialPort { .. } | Address::Isa(_) | Address::Usb { .. } => (String::new(), None, None),
         };
         let device_id = lun.map(|_| self.device_id.clone().unwrap_or_else(|| id.to_string()));
         let write_cache = self.cache.filter(|_| !self.is_cdrom()).map(Cache::write_cache);

@@ -7,13 +7,16 @@ use crate::host::{HostFacts, HostNeed};
 use crate::id::DeviceId;
 use crate::port::SerialType;
 use crate::refusal::Refusal;
-use crate::spec::{Backend, DeviceSpec};
+use crate::spec::{Backend, DeviceSpec, Frontend};
 use crate::topology::Seat;
 
 pub(super) fn hot_pluggable(id: &DeviceId, config: &DeviceConfig) -> Result<(), Refusal> {
     match config {
         DeviceConfig::Serial(serial) if serial.kind() == SerialType::IsaSerial => {
             Err(Refusal::NotHotPluggable { id: id.clone(), kind: "an isa-serial port" })
+        }
+        DeviceConfig::UsbController(_) => {
+            Err(Refusal::NotHotPluggable { id: id.clone(), kind: "a USB controller" })
         }
         _ => Ok(()),
     }
@@ -39,6 +42,10 @@ pub(super) fn check(
         DeviceConfig::ScsiController(controller) => controller.check(id)?,
         DeviceConfig::Vfio(vfio) => vfio.check(id)?,
         DeviceConfig::Vf(vf) => vf.check(id)?,
+        DeviceConfig::UsbController(usb) => {
+            usb.check().map_err(|source| Refusal::Usb { id: id.clone(), source })?;
+        }
+        DeviceConfig::Usb(usb) => usb.check(id, host)?,
         DeviceConfig::Serial(_) | DeviceConfig::VirtioSerial(_) | DeviceConfig::Iothread(_) => {}
     }
     for path in config.clone().paths_mut() {
@@ -69,7 +76,7 @@ pub(super) fn check(
     Ok(Storage { chain, retry, vdpa })
 }
 
-pub(super) fn seat(config: &DeviceConfig) -> Option<Seat> {
+pub(super) fn seat(config: &DeviceConfig, host: &HostFacts) -> Option<Seat> {
     Some(match config {
         DeviceConfig::Disk(disk) => disk.seat(),
         DeviceConfig::Nic(nic) => Seat::Pci(nic.seat.clone()),
@@ -81,6 +88,10 @@ pub(super) fn seat(config: &DeviceConfig) -> Option<Seat> {
         DeviceConfig::Channel(_) => Seat::SerialPort { console: false },
         DeviceConfig::Vdpa(vdpa) => Seat::Pci(vdpa.seat.clone()),
         DeviceConfig::VhostScsi(scsi) => Seat::Pci(scsi.seat.clone()),
+        DeviceConfig::UsbController(usb) => {
+            usb.seat.clone().map_or(Seat::RootSlot, |seat| Seat::Pci(Some(seat)))
+        }
+        DeviceConfig::Usb(usb) => usb.seat(host),
         DeviceConfig::Iothread(_) => return None,
     })
 }
@@ -98,7 +109,9 @@ pub(super) fn needs(
         DeviceConfig::Channel(channel) => channel.needs(id, &host.run_dir),
         DeviceConfig::Vdpa(vdpa) => storage.vdpa.iter().flat_map(|device| vdpa.needs(id, device)).collect(),
         DeviceConfig::VhostScsi(scsi) => scsi.needs(id),
-        DeviceConfig::Serial(_)
+        DeviceConfig::Usb(usb) => usb.needs(host),
+        DeviceConfig::UsbController(_)
+        | DeviceConfig::Serial(_)
         | DeviceConfig::Vfio(_)
         | DeviceConfig::Vf(_)
         | DeviceConfig::ScsiController(_)
@@ -127,9 +140,19 @@ pub fn check_spec(spec: &DeviceSpec, qemu: &Capabilities) -> Result<(), Refusal>
             _ => {}
         }
     }
-    let Some(frontend) = &spec.frontend else { return Ok(()) };
+    spec.frontends().try_for_each(|frontend| check_frontend(spec, frontend, qemu))
+}
+
+fn check_frontend(spec: &DeviceSpec, frontend: &Frontend, qemu: &Capabilities) -> Result<(), Refusal> {
     let driver = frontend.driver();
-    let Some(properties) = qemu.driver(driver) else { return missing("device", driver) };
+    let Some(properties) = qemu.driver(driver) else {
+        return Err(Refusal::NotInQemu {
+            id: spec.id.clone(),
+            kind: "device",
+            name: driver.to_owned(),
+            version: qemu.version.clone(),
+        });
+    };
     match frontend.properties().find(|(name, _)| !properties.contains_key(*name)) {
         Some((property, _)) => Err(Refusal::NoProperty {
             id: spec.id.clone(),

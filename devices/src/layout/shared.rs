@@ -5,10 +5,12 @@ use std::collections::BTreeSet;
 use super::{Layout, Placed};
 use crate::device::DeviceConfig;
 use crate::disk::DiskConfig;
+use crate::host::HostNeed;
 use crate::id::{DeviceId, Label};
 use crate::refusal::Refusal;
 use crate::topology::Seat;
 use crate::units::Mac;
+use crate::usb::{UsbConfig, UsbRule};
 
 impl Layout {
     /// Whether an iothread does the I/O of a disk: its own, or that of its controller.
@@ -38,6 +40,28 @@ impl Layout {
             return Err(Refusal::BootIndexTaken { id: id.clone(), index, holder: holder.id.clone() });
         }
         Ok(())
+    }
+
+    /// A USB device of the host is given once.
+    pub(super) fn check_usb(
+        &self,
+        id: &DeviceId,
+        needs: &[HostNeed],
+        config: &DeviceConfig,
+    ) -> Result<(), Refusal> {
+        let DeviceConfig::Usb(UsbConfig { host: Some(selector), .. }) = config else { return Ok(()) };
+        let wanted =
+            needs.iter().find_map(|need| if let HostNeed::Usb(usb) = need { Some(usb) } else { None });
+        let same = |placed: &&Placed| {
+            placed.usb().zip(wanted).is_some_and(|(a, b)| (a.bus, &a.port) == (b.bus, &b.port))
+        };
+        match self.devices.iter().find(same) {
+            Some(holder) => {
+                let source = UsbRule::Given { selector: selector.clone(), holder: holder.id.clone() };
+                Err(Refusal::Usb { id: id.clone(), source })
+            }
+            None => Ok(()),
+        }
     }
 
     /// Fills in what a device has by default and another device must not have: label, MAC address.

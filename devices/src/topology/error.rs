@@ -3,6 +3,7 @@
 use thiserror::Error;
 
 use crate::address::Address;
+use crate::usb::UsbRule;
 
 /// Why no seat could be had.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -72,6 +73,14 @@ pub enum TopologyError {
         /// The wish.
         index: u8,
     },
+    /// A rule for USB ports.
+    #[error(transparent)]
+    Usb(#[from] UsbRule),
+    /// No slot of the root complex is free.
+    #[error(
+        "no slot of pcie.0 is free for it: 0x03 to 0x1e have root ports or devices; ask for fewer root ports"
+    )]
+    NoSlot,
     /// All addresses of a kind are taken.
     #[error("no free {kind} is left: detach a device that has one, or give this one another place")]
     Full {

@@ -1,5 +1,6 @@
-//! The words of the command line; those of `qvirt host` are in `args/host.rs`, those about images and their chains in `args/images.rs`.
+//! The words of the command line; those for a device are in `args/device.rs`, those of `qvirt host` in `args/host.rs`, those about images and their chains in `args/images.rs`.
 
+mod device;
 mod host;
 mod images;
 
@@ -12,6 +13,7 @@ use devices::host::Format;
 use devices::retry::AtTimeout;
 use devices::units::Millis;
 
+pub use device::DeviceChoice;
 pub use host::{Host, VfChange};
 pub use images::{Block, Chain, JobChange, Snapshot, SnapshotCreate};
 
@@ -380,44 +382,6 @@ pub struct Shutdown {
     pub then_kill: bool,
 }
 
-/// A device, by file or by flag.
-#[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
-pub struct DeviceChoice {
-    /// A device file: one table, as in a VM file
-    pub file: Option<PathBuf>,
-    /// A disk: path=/srv/a.qcow2,format=qcow2,bus=virtio-scsi,cache=none,... (commas in values doubled)
-    #[arg(long, value_name = "KEY=VALUE,...")]
-    pub disk: Option<String>,
-    /// A NIC: user=true | tap=tap0 | bridge=br0,vhost=true,queues=2 | vhost_user=/run/x.sock, mac=...
-    #[arg(long, value_name = "KEY=VALUE,...")]
-    pub nic: Option<String>,
-    /// A serial console: type=virtio-console,log=/var/log/x
-    #[arg(long, value_name = "KEY=VALUE,...")]
-    pub serial: Option<String>,
-    /// A channel: name=org.example.0,path=/run/x.sock
-    #[arg(long, value_name = "KEY=VALUE,...")]
-    pub channel: Option<String>,
-    /// An iothread: id=io1
-    #[arg(long, value_name = "KEY=VALUE,...")]
-    pub iothread: Option<String>,
-    /// A virtio-scsi controller: id=scsi1,iothread=io1,queues=4
-    #[arg(long, value_name = "KEY=VALUE,...")]
-    pub scsi_controller: Option<String>,
-    /// A vDPA device of the host: device=vdpa0 | device=/dev/vhost-vdpa-0, type=nic,queues=2
-    #[arg(long, value_name = "KEY=VALUE,...")]
-    pub vdpa: Option<String>,
-    /// A vhost-scsi target of the host: wwpn=naa.5001405bd4e8dead
-    #[arg(long, value_name = "KEY=VALUE,...")]
-    pub vhost_scsi: Option<String>,
-    /// A PCI function of the host: host=0000:04:10.1,managed=false,rom=off,group=true
-    #[arg(long, value_name = "KEY=VALUE,...")]
-    pub vfio: Option<String>,
-    /// A virtual function of a network card: host=0000:06:11.6 | pf=eth0, mac=...,vlan=7,rate_max=100Mbit
-    #[arg(long, value_name = "KEY=VALUE,...")]
-    pub vf: Option<String>,
-}
-
 /// Where a change applies.
 #[derive(Debug, Args, Clone, Copy)]
 pub struct Where {
@@ -461,6 +425,9 @@ pub struct Detach {
     /// How long to wait for the guest, and to ask it again: 30s
     #[arg(long, default_value = "10s", value_parser = duration)]
     pub wait: Duration,
+    /// Take a USB disk of the host away at once, without a look whether the guest uses it: data may be lost
+    #[arg(long)]
+    pub force: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

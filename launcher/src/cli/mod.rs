@@ -99,7 +99,7 @@ impl From<crate::blueprint::BlueprintError> for Problem {
         let exit = match &error {
             E::Config(_) | E::Machine { .. } => Exit::Usage,
             E::Accel { .. } => Exit::Refused,
-            E::Folders(_) | E::Probe(_) | E::Binary(_) | E::Pci(_) | E::Lease(_) => Exit::Failed,
+            E::Folders(_) | E::Probe(_) | E::Binary(_) | E::Pci(_) | E::Usb(_) | E::Lease(_) => Exit::Failed,
         };
         Problem::of(exit, &error)
     }

@@ -92,7 +92,7 @@ pub async fn detach(args: Detach) -> Result<Exit, Problem> {
     let mut reply = Value::Null;
     if let Some(client) = &client {
         let wait_ms = u64::try_from(args.wait.as_millis()).unwrap_or(u64::MAX);
-        let request = request::Detach { id: name.clone(), wait_ms };
+        let request = request::Detach { id: name.clone(), wait_ms, force: args.force };
         let outcome: Detached = client.ask_for(args.wait, "qvirt-detach", request).await?;
         exit = match &outcome {
             Detached::Removed { .. } => Exit::Done,
@@ -119,7 +119,10 @@ pub async fn detach(args: Detach) -> Result<Exit, Problem> {
 
 fn say(vm: &VmName, outcome: &Detached) {
     match outcome {
-        Detached::Removed { id } => println!("{id} is detached from {vm}"),
+        Detached::Removed { id, warning } => {
+            println!("{id} is detached from {vm}");
+            warning.iter().for_each(|warning| eprintln!("warning: {warning}"));
+        }
         Detached::Refused { id, reason } => eprintln!("qvirt: {id} stays in {vm}: {reason}"),
         Detached::Pending { id, reason } => {
             eprintln!(
@@ -154,6 +157,7 @@ fn chosen(choice: &DeviceChoice) -> Result<DeviceConfig, Problem> {
         ("nic", &choice.nic),
         ("serial", &choice.serial),
         ("channel", &choice.channel),
+        ("usb", &choice.usb),
         ("iothread", &choice.iothread),
         ("scsi_controller", &choice.scsi_controller),
         ("vdpa", &choice.vdpa),

@@ -7,7 +7,7 @@ use devices::units::Size;
 use serde::Serialize;
 
 use crate::record::Stage;
-use crate::status::{DeviceStatus, IoState, IoStatus, Status};
+use crate::status::{DeviceStatus, IoState, IoStatus, Status, UsbState};
 use crate::suspend::state::unix_ms;
 
 /// A VM in a list.
@@ -155,6 +155,10 @@ pub fn devices(status: &Status) -> io::Result<()> {
             Stage::Present => "present",
             Stage::Leaving => "leaving",
         };
+        let stage = match d.usb.as_ref().filter(|usb| usb.state != UsbState::Attached) {
+            Some(usb) => format!("{stage}, {}", usb.state),
+            None => stage.to_owned(),
+        };
         let behind = d.pty.clone().or_else(|| d.backing.clone());
         vec![
             d.id.clone(),
@@ -162,7 +166,7 @@ pub fn devices(status: &Status) -> io::Result<()> {
             text(&d.label),
             text(&d.address),
             text(&d.driver),
-            stage.to_owned(),
+            stage,
             size(d),
             text(&behind),
         ]

@@ -65,7 +65,8 @@ pub async fn check(args: Check) -> Result<Exit, Problem> {
 /// What is allowed and yet worth a word.
 fn warnings(blueprint: &Blueprint) -> Vec<String> {
     let of = |device: &Placed| Some(format!("{}: {}", device.id, device.retry.as_ref()?.warning()?));
-    blueprint.tops().chain(blueprint.layout.devices().iter().filter_map(of)).collect()
+    let devices = blueprint.layout.devices().iter().filter_map(of);
+    blueprint.tops().chain(devices).chain(blueprint.warnings.iter().cloned()).collect()
 }
 
 /// Refuses a VM that is to be migrated into and would treat I/O errors in another way than its source.

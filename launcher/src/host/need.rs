@@ -20,6 +20,7 @@ use super::ovs::{NewPort, Ovs, OvsError};
 use super::scsi_target::{self, ScsiTargetError};
 use super::sysfs::Sysfs;
 use super::tap::{self, Create, TapError};
+use super::usb::{UsbError, taken};
 use super::vdpa::{self, NewDevice, VdpaError};
 use super::vfio::{self, Movable, VfioError};
 use super::vhost::{VhostError, open_vhost_net};
@@ -67,6 +68,9 @@ pub enum NeedError {
     /// A PCI function.
     #[error(transparent)]
     Vfio(#[from] VfioError),
+    /// The USB device.
+    #[error(transparent)]
+    Usb(#[from] UsbError),
     /// Something that is no socket lies where QEMU would make one, and QEMU would remove it.
     #[error("{} exists and is no socket: move it away, or give the channel another `path`", path.display())]
     NoSocket {
@@ -127,6 +131,7 @@ impl NeedError {
                 | NeedError::Vfio(
                     VfioError::Busy { .. } | VfioError::VfInUse { .. } | VfioError::Down { .. }
                 )
+                | NeedError::Usb(UsbError::Claimed { .. } | UsbError::Mounted { .. })
         )
     }
 }
@@ -195,6 +200,11 @@ impl Host {
                 vfio::set_profile(&Sysfs::default(), *pf, *index, wanted)?;
                 Ok(Vec::new())
             }
+            HostNeed::Usb(usb) => {
+                let key = LeaseKey::Usb { bus: usb.bus, port: usb.port.to_string() };
+                self.lease_exclusively(id, key, &usb.name())?;
+                Ok(taken::may_be_taken(usb).map(|()| Vec::new())?)
+            }
         }
     }
 
@@ -204,9 +214,7 @@ impl Host {
             // By holder, not by path: the image may have been renamed or removed meanwhile.
             HostNeed::Vdpa { name, make, .. } => {
                 let key = LeaseKey::Vdpa { name: name.clone() };
-                let ours = self.leases.held_by(&self.vm, &self.run_dir)?;
-                let is_ours =
-                    ours.iter().any(|(held, _, holder)| *held == key && holder.device == id.as_str());
+                let is_ours = self.has_lease(id, &key)?;
                 if let Some(new) = make.as_ref().filter(|_| is_ours) {
                     vdpa::delete_made(name, &new.mgmtdev)?;
                 }
@@ -236,6 +244,13 @@ impl Host {
             }
             HostNeed::VfProfile { pf, index, before, wanted } => {
                 Ok(vfio::restore_profile(&Sysfs::default(), *pf, *index, before, wanted)?)
+            }
+            HostNeed::Usb(usb) => {
+                let key = LeaseKey::Usb { bus: usb.bus, port: usb.port.to_string() };
+                if self.has_lease(id, &key)? {
+                    taken::give_back(usb)?;
+                }
+                Ok(self.leases.release(&key, &self.vm, id.as_str())?)
             }
         }
     }
@@ -271,6 +286,12 @@ impl Host {
     fn lease_exclusively(&self, id: &DeviceId, key: LeaseKey, name: &str) -> Result<(), NeedError> {
         let holder = Holder::new(&self.vm, &self.run_dir, id.as_str(), name);
         Ok(self.leases.acquire(&key, Mode::Exclusive, holder, look)?)
+    }
+
+    /// Whether a device of this VM holds a lease: without it, what is there is another's.
+    fn has_lease(&self, id: &DeviceId, key: &LeaseKey) -> Result<bool, NeedError> {
+        let ours = self.leases.held_by(&self.vm, &self.run_dir)?;
+        Ok(ours.iter().any(|(held, _, holder)| held == key && holder.device == id.as_str()))
     }
 
     /// Leases a function and its group. A group that another device of this VM has is open in its QEMU already.

@@ -1,18 +1,53 @@
-//! The USB devices of this host, as sysfs has them, and word of those that come and go. Changes nothing.
+//! The USB devices of this host, as sysfs has them, and word of those that come and go; taking one from the host and giving it back is `taken`'s.
+
+pub mod facts;
+pub mod taken;
+pub mod usage;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 use serde::Serialize;
+use thiserror::Error;
 use tokio::io::unix::AsyncFd;
 
 use crate::process::readable;
 
 use super::sysfs::{Sysfs, hex4, names, text};
+
+/// A USB device that cannot be had, or not be given back.
+#[derive(Debug, Error)]
+#[allow(missing_docs)]
+pub enum UsbError {
+    #[error(
+        "the USB devices of this host could not be looked at within {patience:?}: one of them does not answer the kernel; pull it, or wait"
+    )]
+    Slow { patience: Duration },
+    #[error(
+        "USB device {name} is gone from the host: plug it in again (`qvirt host usb` lists what there is)"
+    )]
+    Gone { name: String },
+    #[error("USB device {name} is in use by {who}: end that, or detach the device there, first")]
+    Claimed { name: String, who: String },
+    #[error("USB device {name} is in use by this host, which has mounted {mounts}: unmount that first")]
+    Mounted { name: String, mounts: String },
+    #[error(
+        "USB device {name} may not be opened: run qvirt as root, or let udev give the right to {node}, \
+         by a rule such as: SUBSYSTEM==\"usb\", ATTR{{idVendor}}==\"{vendor:04x}\", ATTR{{idProduct}}==\"{product:04x}\", TAG+=\"uaccess\""
+    )]
+    Denied { name: String, node: String, vendor: u16, product: u16, source: io::Error },
+    #[error("USB device {name} cannot be opened as {node}: is usbfs there, and udev or devtmpfs?")]
+    Node { name: String, node: String, source: io::Error },
+    #[error("QEMU was told to take USB device {name} and has not got it: {why}")]
+    NotTaken { name: String, why: String },
+    #[error("USB device {name} cannot be given back to {driver} ({interface}): pull it and plug it in again")]
+    GiveBack { name: String, interface: String, driver: String, source: io::Error },
+}
 
 /// A USB device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

@@ -12,22 +12,25 @@
 //!
 //! Events are hints: after one, the owner asks QEMU. Work that changes the VM is done by one job at a time, which holds the
 //! [`Workshop`] and so the journal; requests wait in a queue meanwhile, and the loop stays free. `plug` has attach and detach, `truth` what
-//! QEMU is asked, `end` the ways a VM stops.
+//! QEMU is asked, `describe` the status, `end` the ways a VM stops.
 
 mod delete;
+mod describe;
 mod end;
+mod facts;
 mod io;
 mod media;
 mod plug;
 mod resize;
 mod snapshot;
 mod truth;
+mod usb;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use devices::{DeviceConfig, DeviceId, Layout, Placed};
+use devices::{DeviceId, Layout};
 use qmp_client::{Event, Events, KnownEvent, Qmp, Timestamp};
 use serde_json::{Value, json};
 use tokio::sync::{broadcast, mpsc, oneshot, watch};
@@ -36,16 +39,16 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::control::{Envelope, event_line};
-use crate::launch::images;
 use crate::locks::OfdLock;
 use crate::notify::Notifier;
 use crate::process::{Exit, Process, keep_under_cap};
 use crate::record::{Entry, Launch, Stage};
 use crate::request::{Class, Failure, Request};
-use crate::status::{DeviceStatus, Foreign, IoFault, LOW_WATER, Status, VmState};
+use crate::status::{Foreign, IoFault, Status, VmState};
 use crate::work::Workshop;
 use crate::work::merge::Merging;
 
+use describe::empty;
 pub use end::Ending;
 use end::Farewell;
 use plug::{Departure, Job};
@@ -94,6 +97,7 @@ enum Finished {
     Work(Box<Workshop>, plug::Outcome),
     Look(Truth),
     Io(io::IoNews),
+    Usage(crate::request::Detach, String, crate::host::usb::usage::Usage, Reply),
     Facts(Box<crate::request::Attach>, Result<devices::host::HostFacts, Failure>, Reply),
 }
 
@@ -133,6 +137,8 @@ pub struct Owner {
     /// Disks that retry.
     io: io::Io,
     notifier: Option<Notifier>,
+    /// USB devices of the host.
+    usb: usb::Usb,
     foreign: Vec<Foreign>,
     run: VmState,
     looking: bool,
@@ -205,6 +211,7 @@ impl Owner {
             sizes: BTreeMap::new(),
             nodes: BTreeMap::new(),
             unmatched: Vec::new(),
+            usb: usb::Usb::default(),
             foreign: Vec::new(),
             run: VmState::Starting,
             looking: false,
@@ -219,7 +226,7 @@ impl Owner {
             locks: Locks { _owner: born.owner_lock, _life: born.life },
         };
         owner.begin_io();
-        let truth = truth::look(qmp.clone(), owner.known(), owner.io.hung().is_some()).await;
+        let truth = truth::look(qmp.clone(), owner.known(), owner.usb_ids(), owner.io.hung().is_some()).await;
         owner.learn(truth);
         // The former owner may have died before it asked them, or between their end and the end of what they stood on.
         owner
@@ -266,6 +273,7 @@ impl Owner {
                     Ok(Finished::Look(truth)) => self.on_truth(truth),
                     Ok(Finished::Io(news)) => self.on_io(news),
                     Ok(Finished::Facts(attach, facts, reply)) => self.on_facts(attach, facts, reply),
+                    Ok(Finished::Usage(detach, name, usage, reply)) => self.on_usage(&detach, &name, &usage, reply),
                     Err(error) => {
                         warn!(%error, "a job was lost, and with it the journal: leaving the VM; `qvirt run` adopts it");
                         return self.left();
@@ -319,7 +327,7 @@ impl Owner {
             Request::SnapshotCreate(wish) => self.snapshot(wish, reply),
             Request::SnapshotDelete(wish) => self.delete_snapshot(wish, reply),
             Request::BlockResize(wish) => self.queue.push_back(Job::Resize(wish, reply)),
-            Request::Detach(detach) => self.detach(&detach, reply),
+            Request::Detach(detach) => self.detach_unused(detach, reply),
             Request::Shutdown(shutdown) => self.shut_down(&shutdown, reply),
             Request::Reboot(shutdown) => self.reboot(&shutdown, reply),
             Request::Reset => self.reset(reply),
@@ -396,6 +404,7 @@ impl Owner {
         }
         self.write_faults();
         self.watch_storage();
+        self.watch_usb();
         self.shorten_journal();
         self.remind();
         if !self.departures.is_empty() {
@@ -424,87 +433,6 @@ impl Owner {
             true
         });
     }
-
-    fn describe(&self) -> Status {
-        let devices = self.layout.devices().iter().map(|placed| DeviceStatus {
-            id: placed.id.to_string(),
-            kind: placed.config.table().to_owned(),
-            label: placed.label().map(ToString::to_string),
-            address: placed.address.as_ref().map(ToString::to_string),
-            driver: placed.spec.frontend.as_ref().map(|f| f.driver().to_owned()),
-            backing: placed.backing(),
-            images: images(std::slice::from_ref(placed)).map(str::to_owned).collect(),
-            size_bytes: self.sizes.get(&placed.id).copied(),
-            size_stale: self.io.is_suspended(&placed.id),
-            stage: self.stages.get(&placed.id).copied().unwrap_or(Stage::Present),
-            pty: self.ptys.get(&placed.id.chardev()).cloned(),
-            on_demand: placed.on_demand,
-            layers: placed.layers(),
-            fault: self.faults.get(&placed.id).cloned(),
-            policies: placed.policies(),
-            on_error: self.io.retry(&placed.id).or_else(|| placed.retry.clone()),
-            io: self.io.status(&placed.id),
-        });
-        let free = self.layout.topology().free_ports().count();
-        let mut warnings: Vec<String> = self.held_words().into_iter().collect();
-        if free <= LOW_WATER {
-            let ports = self.layout.topology().ports().len();
-            warnings.push(format!(
-                "{free} of {ports} root ports free: set a larger [pcie] root_ports before the next start"
-            ));
-        }
-        Status {
-            devices: devices.collect(),
-            run: self.run.clone(),
-            boot_disk: self.boot_disk(),
-            foreign: self.foreign.clone(),
-            warnings,
-            ..self.head()
-        }
-    }
-
-    /// The disk that a reset boots from: the first by boot index, or the first in the config.
-    fn boot_disk(&self) -> Option<String> {
-        let disks = || self.layout.devices().iter().filter(|d| matches!(d.config, DeviceConfig::Disk(_)));
-        let is_hard = |d: &&Placed| matches!(&d.config, DeviceConfig::Disk(disk) if !disk.is_cdrom());
-        let by_index =
-            disks().filter(|d| d.config.bootindex().is_some()).min_by_key(|d| d.config.bootindex());
-        let first = by_index.or_else(|| disks().find(is_hard));
-        first.filter(|_| self.launch.machine.kernel.is_none()).map(|disk| disk.id.to_string())
-    }
-
-    fn head(&self) -> Status {
-        let counts = self.layout.topology().counts();
-        Status {
-            seats: counts.into_iter().map(Into::into).collect(),
-            pid: self.process.pid(),
-            ..head(&self.launch)
-        }
-    }
-}
-
-/// The parts of a status that a launch alone tells.
-fn head(launch: &Launch) -> Status {
-    Status {
-        generation: 0,
-        vm: launch.vm.to_string(),
-        uuid: launch.machine.uuid.clone(),
-        run: VmState::Starting,
-        pid: 0,
-        owner_pid: std::process::id(),
-        qemu: launch.qemu.version.clone(),
-        accel: launch.accel_reason.clone(),
-        since_unix_secs: launch.since_unix_secs,
-        boot_disk: None,
-        devices: Vec::new(),
-        foreign: Vec::new(),
-        seats: Vec::new(),
-        warnings: Vec::new(),
-    }
-}
-
-fn empty(born: &Born) -> Status {
-    head(&born.launch)
 }
 
 async fn until(deadline: Option<Instant>) {

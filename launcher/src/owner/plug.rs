@@ -4,7 +4,6 @@
 //! somebody refuses; until then the seat is taken, also after the owner was replaced. While a client waits, the guest is asked again now
 //! and then: a request made while it boots is lost.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use devices::host::HostFacts;
@@ -18,9 +17,6 @@ use super::delete::Deleted;
 use super::media::Changed;
 use super::snapshot::Taken;
 use super::{Finished, Owner, Reply, not_now};
-use crate::examine::{Question, examine};
-use crate::host::need::Host;
-use crate::host::{scsi_target, vdpa, vfio};
 use crate::launch::images;
 use crate::record::{Entry, Stage};
 use crate::request::{
@@ -85,6 +81,8 @@ pub(super) struct Departure {
     pub(super) clearing: bool,
     /// What was last heard.
     heard: String,
+    /// What may be lost with it.
+    warning: Option<String>,
 }
 
 /// How long before the guest is asked again. ACPI takes it at once; native PCIe hot-plug needs more than five seconds and says so until then.
@@ -105,6 +103,7 @@ impl Departure {
             waiting: Vec::new(),
             clearing: false,
             heard,
+            warning: None,
         }
     }
 }
@@ -158,32 +157,6 @@ impl Owner {
         });
     }
 
-    fn gather_facts(&mut self, attach: Box<Attach>, reply: Reply) {
-        let Some(host) = self.shop.as_ref().map(|shop| Arc::clone(&shop.host)) else { return };
-        let store = host.store();
-        let run_dir = host.run_dir.to_string_lossy().into_owned();
-        let facts = HostFacts { run_dir, ..HostFacts::default() };
-        let question = Question::of(&attach.device, &store);
-        if question.is_none() && !stands_on_a_device(&attach.device) {
-            return self.queue.push_front(Job::Attach(attach, facts, reply));
-        }
-        self.jobs.spawn(async move {
-            let facts = match question {
-                Some(question) => with_chain(facts, &question).await,
-                None => with_devices(facts, attach.device.clone(), host).await,
-            };
-            Finished::Facts(attach, facts, reply)
-        });
-    }
-
-    /// The host was looked at, or could not be.
-    pub(super) fn on_facts(&mut self, attach: Box<Attach>, facts: Result<HostFacts, Failure>, reply: Reply) {
-        match facts {
-            Ok(facts) => self.queue.push_back(Job::Attach(attach, facts, reply)),
-            Err(failure) => drop(reply.send(Err(failure))),
-        }
-    }
-
     fn attach(&mut self, attach: Attach, facts: &HostFacts, reply: Reply) {
         if self.farewell.is_ending() {
             let _ = reply
@@ -218,7 +191,7 @@ impl Owner {
     }
 
     /// Asks a device to leave.
-    pub(super) fn detach(&mut self, detach: &Detach, reply: Reply) {
+    pub(super) fn detach(&mut self, detach: &Detach, warning: Option<String>, reply: Reply) {
         let placed = match self.layout.expect_device(&detach.id) {
             Ok(placed) => placed.clone(),
             Err(refusal) => {
@@ -247,6 +220,7 @@ impl Owner {
         companions.iter().for_each(|other| self.depart(other, Departure::new()));
         let mut departure = Departure::new();
         departure.waiting.push((deadline, reply));
+        departure.warning = warning;
         self.depart(&placed, departure);
     }
 
@@ -385,8 +359,9 @@ impl Owner {
         let departure = self.departures.remove(id);
         self.forget(id);
         self.announce("QVIRT_DEVICE_DETACHED", json!({"device": id.as_str()}));
-        if let Some(departure) = departure {
-            answer_all(departure, &Detached::Removed { id: id.to_string() });
+        if let Some(mut departure) = departure {
+            let warning = departure.warning.take();
+            answer_all(departure, &Detached::Removed { id: id.to_string(), warning });
         }
         self.dismiss_unused();
     }
@@ -419,6 +394,7 @@ impl Owner {
         self.faults.remove(id);
         self.forget_stand_ins(id);
         self.sizes.remove(id);
+        self.usb.forget(id);
         self.early.remove(id);
     }
 
@@ -484,26 +460,6 @@ impl Owner {
     }
 }
 
-/// Whether planning it needs to know what the host has.
-fn stands_on_a_device(device: &DeviceConfig) -> bool {
-    matches!(device, DeviceConfig::Vdpa(_) | DeviceConfig::VhostScsi(_)) || vfio::is_passthrough(device)
-}
-
-/// Looking at the open files of all processes takes a while, and so may netlink.
-async fn with_devices(
-    mut facts: HostFacts,
-    device: DeviceConfig,
-    host: Arc<Host>,
-) -> Result<HostFacts, Failure> {
-    let learning = tokio::task::spawn_blocking(move || {
-        vdpa::learn(&mut facts, [&device]);
-        scsi_target::learn(&mut facts, [&device]);
-        let learned = vfio::learn(&mut facts, [&device], &host.leases);
-        learned.map(|()| facts).map_err(|error| Failure::of(Class::Refused, &error))
-    });
-    learning.await.unwrap_or_else(|error| Err(Failure::of(Class::Generic, &error)))
-}
-
 fn answer_all(departure: Departure, outcome: &Detached) {
     for (_, reply) in departure.waiting {
         let _ = reply.send(Ok(json!(outcome)));
@@ -531,13 +487,4 @@ pub(super) fn is_open(error: &StepError) -> bool {
 /// Whether a step failed because somebody else has the thing: nothing was tried on the VM then.
 pub(super) fn is_refusal(error: &StepError) -> bool {
     matches!(error, StepError::Host(error) if error.is_refusal())
-}
-
-async fn with_chain(mut facts: HostFacts, question: &Question) -> Result<HostFacts, Failure> {
-    let answers = examine(std::slice::from_ref(question)).await;
-    for answer in answers {
-        let chain = answer.map_err(|words| Failure::new(Class::Refused, words))?;
-        facts.chains.insert(question.path().to_owned(), chain);
-    }
-    Ok(facts)
 }

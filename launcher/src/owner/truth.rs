@@ -26,6 +26,8 @@ pub(super) struct Truth {
     peripherals: Option<Vec<String>>,
     strangers: BTreeMap<String, Option<(String, u8)>>,
     ptys: Option<BTreeMap<String, String>>,
+    /// Whether QEMU has USB devices of the host.
+    usb: BTreeMap<DeviceId, bool>,
     /// By the device's id or QOM path.
     disks: BTreeMap<String, DiskTruth>,
 }
@@ -41,7 +43,7 @@ struct DiskTruth {
 
 /// Asks everything, and the places of devices that are not `known`. Never fails as a whole. While storage is `hung` nothing is asked for which QEMU
 /// may look at an image.
-pub(super) async fn look(qmp: Qmp, known: Vec<String>, hung: bool) -> Truth {
+pub(super) async fn look(qmp: Qmp, known: Vec<String>, usb: Vec<DeviceId>, hung: bool) -> Truth {
     let ask = async |command: &str, arguments: Value| match qmp.call(command, arguments).await {
         Ok(value) => Some(value),
         Err(QmpError::Closed(_)) => None,
@@ -62,6 +64,11 @@ pub(super) async fn look(qmp: Qmp, known: Vec<String>, hung: bool) -> Truth {
         let (bus, addr) = (get("parent_bus").await, get("addr").await);
         let place = bus.as_str().zip(addr.as_u64().and_then(|addr| u8::try_from(addr).ok()));
         truth.strangers.insert(id.clone(), place.map(|(bus, addr)| (bus.to_owned(), addr)));
+    }
+    for id in usb {
+        if let Ok(attached) = crate::work::usb_attached(&qmp, id.as_str()).await {
+            truth.usb.insert(id, attached);
+        }
     }
     let chardevs = ask("query-chardev", Value::Null).await;
     truth.ptys = chardevs.map(|list| {
@@ -95,8 +102,9 @@ impl Owner {
         }
         self.looking = true;
         self.outdated = false;
-        let (qmp, known, hung) = (self.qmp.clone(), self.known(), self.io.hung().is_some());
-        self.jobs.spawn(async move { Finished::Look(look(qmp, known, hung).await) });
+        let (qmp, known, usb) = (self.qmp.clone(), self.known(), self.usb_ids());
+        let hung = self.io.hung().is_some();
+        self.jobs.spawn(async move { Finished::Look(look(qmp, known, usb, hung).await) });
     }
 
     /// What QEMU has of ours: whatever else it has is foreign.
@@ -104,7 +112,9 @@ impl Owner {
         let ports = self.layout.topology().ports().iter().map(|p| p.id.to_string());
         let bridges = self.layout.topology().bridges().iter().map(|b| b.id.to_string());
         let devices = self.layout.devices().iter().map(|d| d.id.to_string());
-        ports.chain(bridges).chain(devices).collect()
+        let companions = self.layout.devices().iter().flat_map(|d| &d.spec.companions);
+        let companions = companions.map(|companion| companion.id().to_owned());
+        ports.chain(bridges).chain(devices).chain(companions).collect()
     }
 
     pub(super) fn on_truth(&mut self, mut truth: Truth) {
@@ -133,6 +143,8 @@ impl Owner {
             }
         }
         self.ptys.extend(truth.ptys.into_iter().flatten());
+        self.usb.learn(truth.usb);
+        self.tell_usb();
         for (path, disk) in &truth.disks {
             let Some(id) = id_in(path) else { continue };
             let Some(node) = &disk.node else {

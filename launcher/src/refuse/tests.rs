@@ -161,7 +161,7 @@ fn requests_of_ours_in_each_state() {
         Request::Attach(Box::new(Attach { device, dry_run: false }))
     };
     let shutdown = || Shutdown { timeout_ms: 1, then_kill: true };
-    let detach = |id: &str| Request::Detach(Detach { id: id.to_owned(), wait_ms: 0 });
+    let detach = |id: &str| Request::Detach(Detach { id: id.to_owned(), wait_ms: 0, force: false });
     let media = |id: &str, path: Option<&str>| {
         let (id, path) = (id.to_owned(), path.map(str::to_owned));
         Request::Media(Media { id, path, format: None, force: false })

@@ -93,13 +93,25 @@ impl Agent {
         self.command("guest-fsfreeze-thaw", ANSWER).await
     }
 
+    /// The file systems that are mounted in the guest, each with its disks.
+    ///
+    /// # Errors
+    /// The guest refused, or did not answer.
+    pub async fn file_systems(&mut self) -> Result<Value, FreezeError> {
+        self.exchange("guest-get-fsinfo", ANSWER).await
+    }
+
     async fn command(&mut self, command: &'static str, patience: Duration) -> Result<u64, FreezeError> {
+        Ok(self.exchange(command, patience).await?.as_u64().unwrap_or_default())
+    }
+
+    async fn exchange(&mut self, command: &'static str, patience: Duration) -> Result<Value, FreezeError> {
         let call = async {
             self.send(command, json!({})).await?;
-            let reply = self.answer().await?;
+            let mut reply = self.answer().await?;
             match reply["error"]["desc"].as_str() {
                 Some(words) => Err(FreezeError::Refused { command, words: words.to_owned() }),
-                None => Ok(reply["return"].as_u64().unwrap_or_default()),
+                None => Ok(reply["return"].take()),
             }
         };
         timeout(patience, call).await.map_err(|_| FreezeError::Silent { command })?

@@ -49,3 +49,56 @@ fn devices_are_told_from_hubs_and_interfaces_and_a_replug_is_seen() {
     assert_eq!((gone, come), (vec![&before[1]], vec![&after[1]]));
     assert_eq!(changes(&after, &after), (Vec::new(), Vec::new()));
 }
+
+#[test]
+fn drivers_programs_and_mounts_of_a_stick_are_seen() {
+    let temp = tempfile::tempdir().expect("a folder");
+    let sysfs = Sysfs::below(temp.path());
+    let stick = [
+        ("busnum", "1"),
+        ("devnum", "9"),
+        ("idVendor", "0781"),
+        ("idProduct", "5567"),
+        ("speed", "480"),
+        ("bDeviceClass", "00"),
+    ];
+    device(temp.path(), "1-1.4", &stick);
+    device(temp.path(), "1-1.4:1.0", &[("bInterfaceClass", "08")]);
+    // Its name begins with that of the other one.
+    device(
+        temp.path(),
+        "1-1.40",
+        &[("busnum", "1"), ("devnum", "10"), ("idVendor", "1d6b"), ("idProduct", "0104")],
+    );
+    device(temp.path(), "1-1.40:1.0", &[("bInterfaceClass", "09")]);
+    let port = "1.4".parse().expect("a port path");
+    let link = temp.path().join("bus/usb/devices/1-1.4:1.0/driver");
+    let drive = |driver: &str| {
+        let _ = fs::remove_file(&link);
+        std::os::unix::fs::symlink(format!("../drivers/{driver}"), &link).expect("a link");
+    };
+    drive("usb-storage");
+    let facts = sysfs.usb_facts();
+    assert_eq!((facts.len(), facts[0].storage, facts[0].hub, facts[1].hub), (2, true, false, true));
+    assert_eq!((facts[0].drivers.len(), facts[1].drivers.len()), (1, 0));
+    assert_eq!(
+        (facts[0].drivers[0].interface.as_str(), facts[0].drivers[0].driver.as_str()),
+        ("1-1.4:1.0", "usb-storage")
+    );
+    assert!(!sysfs.usb_is_claimed(1, &port));
+    drive("usbfs");
+    assert!(
+        sysfs.usb_is_claimed(1, &port) && sysfs.usb_facts()[0].drivers.is_empty(),
+        "a program is no driver"
+    );
+
+    let block = temp.path().join("devices/pci/usb1/1-1/1-1.4/1-1.4:1.0/host0/block/sda/sda1");
+    fs::create_dir_all(&block).expect("a folder");
+    fs::create_dir_all(temp.path().join("class/block")).expect("a folder");
+    std::os::unix::fs::symlink(&block, temp.path().join("class/block/sda1")).expect("a link");
+    let mounts = "proc /proc proc rw 0 0\n/dev/vda / ext4 rw 0 0\n/dev/sda1 /media/stick vfat rw 0 0\n";
+    assert_eq!(sysfs.usb_mounts(1, &port, mounts), ["/dev/sda1 at /media/stick"]);
+    assert_eq!(sysfs.usb_mounts(1, &"1.40".parse().expect("a port path"), mounts), [""; 0]);
+    assert_eq!(sysfs.usb_plugged(1, &port).map(|plugged| plugged.device), Some(9));
+    assert_eq!(sysfs.usb_plugged(2, &port), None);
+}

@@ -159,7 +159,7 @@ impl Owner {
     /// Unplugs a disk whose timeout says so: a SCSI disk's requests fail with it; of a virtio-blk disk they fail first, in its own device.
     pub(super) fn unplug_failed(&mut self, id: &DeviceId) {
         let (reply, _) = tokio::sync::oneshot::channel();
-        self.detach(&crate::request::Detach { id: id.to_string(), wait_ms: 0 }, reply);
+        self.detach(&crate::request::Detach { id: id.to_string(), wait_ms: 0, force: true }, None, reply);
     }
 
     /// Moves disks to where they belong, and lets the VM go on.
