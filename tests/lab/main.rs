@@ -5,7 +5,7 @@
 //! retry while real storage fails, `sectors` and `sticks` such disks on bad and pulled disks of the host, `suspension` disks on storage that hangs,
 //! `forbidden` what a disk that hangs beside one that fails forbids, `pieces` the devices that QEMU is given by plain QMP, `images` what
 //! makes the images, `shell` the shell for people, `troubles` what happens where there can be no lab. `vdpa`, `vdpa_host` and `vhost_scsi` are devices of the host that
-//! qvirt passes through, `system_disks` the guest that boots from them, `sweep` the failing of each step.
+//! qvirt passes through, `usb` its sticks in a guest, `system_disks` the guest that boots from them, `sweep` the failing of each step.
 
 mod disks;
 mod forbidden;
@@ -26,6 +26,7 @@ mod suspension;
 mod sweep;
 mod system_disks;
 mod troubles;
+mod usb;
 mod vdpa;
 mod vdpa_host;
 mod vhost_scsi;

@@ -1,0 +1,195 @@
+//! A stick that the guest uses when it is to leave, whose attach fails at each step, and whose owner and QEMU die.
+
+use tests::guest::{Inventory, PatternWish, SCRIPT};
+use tests::lab::host::usb::{MIB, STICKS};
+use tests::lab::{inside, step};
+use tests::qemu::QemuVersion;
+use tests::scene::Scene;
+use tests::vm::Vm;
+
+use super::{CONTROLLERS, boot, disk, driver, file, holder, ids, is_the_hosts, leases, refused, write};
+use crate::sweep::each_step_is_undone;
+
+/// Answers as qemu-ga does where it is asked what is mounted. The port may be opened once, and ends where nobody listens on the host.
+const AGENT: &str = r#"for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = org.qemu.guest_agent.0 ] && port=/dev/${p##*/}; done
+exec 3<>$port; echo up
+while :; do read -r line <&3 || { usleep 50000; continue; }; case $line in
+*guest-sync*) id=${line##*\"id\":}; echo "{\"return\":${id%%\}*}}" >&3 ;;
+*fsinfo*) echo '{"return":[{"mountpoint":"/media/red","disk":[{"bus-type":"usb","serial":"lab_red_LABRED-0:0"}]}]}' >&3 ;;
+esac; done"#;
+
+#[test]
+fn a_stick_in_use_is_not_unplugged_and_outlives_owner_and_qemu() {
+    inside(|| {
+        let [red, ..] = STICKS;
+        let channel = "[[channel]]\nid = \"qga\"\nguest_agent = true\n";
+        let mut scene = boot(QemuVersion::V10_0, &format!("{channel}{CONTROLLERS}"));
+        let before = scene.seen.clone();
+        step("traffic is seen", || traffic(&mut scene, &before));
+        step("what is open, written and idle is not", || idle(&mut scene));
+        step("a mount is, by the guest's agent", || mounted(&mut scene));
+        step("SIGKILL of the owner, then another one", || owner_dies(&mut scene, &before));
+        step("each step of an attach fails, and is undone", || {
+            let wish = format!("host={},id=stick", ids(&red));
+            let state = || (driver(&red), holder(&scene.vm, &red), leases(&scene.vm), scene.vm.device_ids());
+            let failed = each_step_is_undone(&scene.vm, ["--usb", &wish], state);
+            assert_eq!(failed, ["record", "usb", "frontend", "verify", "settle"]);
+        });
+        step("SIGKILL of the owner and of QEMU", || {
+            let qemu = scene.vm.qemu_pid();
+            scene.vm.kill_owner();
+            scene.vm.kill_process(qemu);
+        });
+        assert_eq!(driver(&red), None, "a killed QEMU gives nothing back");
+        assert_eq!(leases(&scene.vm).len(), 1);
+        print!("{}", scene.vm.ok(&["recover", "guest"]));
+        is_the_hosts(&scene.vm, &red);
+        scene.vm.nothing_left();
+    });
+}
+
+/// Attaches the stick; gives the guest's name of its disk.
+fn attach(scene: &mut Scene) -> String {
+    let [red, ..] = STICKS;
+    scene.attach(["--usb", &format!("host={},id=stick", ids(&red))], "usb", "serial=LABRED");
+    disk(scene)
+}
+
+fn traffic(scene: &mut Scene, before: &Inventory) {
+    let [red, ..] = STICKS;
+    let name = attach(scene);
+    scene.guest.pattern_start(&name, PatternWish::default()).expect("the pattern starts");
+    scene.guest.wait_pattern(&name, "blocks", |report| report.verified > 5).expect("it goes on");
+    let output = scene.vm.qvirt(&["detach", "guest", "stick"]);
+    let words = ["stick: the guest uses USB disk 0781:5567 on ", " transfers in the last second", "--force"];
+    refused(&output, 3, &words);
+    assert_eq!(scene.vm.device("stick")["stage"], "present");
+    let output = scene.vm.expect(0, &["detach", "guest", "stick", "--force", "--wait", "30s"]);
+    assert!(!output.stderr.contains("warning"), "{output}");
+    let _ = scene.guest.pattern_stop(&name);
+    scene.sees("no stick", |seen| seen == before);
+    is_the_hosts(&scene.vm, &red);
+}
+
+/// What was not yet on the stick is lost, and the warning says so.
+fn idle(scene: &mut Scene) {
+    let [red, ..] = STICKS;
+    let zeros = vec![0; usize::try_from(MIB << 20).expect("small")];
+    std::fs::write(file(&red), zeros).expect("written");
+    let name = attach(scene);
+    let script = format!("(exec 3<>{name}; printf LOST >&3; sleep 60) </dev/null >/dev/null 2>&1 & sleep 2");
+    scene.guest.check(&script).expect("it holds the disk open");
+    let output = scene.vm.expect(0, &["detach", "guest", "stick", "--wait", "30s"]);
+    println!("{}", output.stderr.trim());
+    let unknown = "whether it is mounted is not known (the guest's agent does not answer)";
+    for words in ["what the guest had not yet written", unknown] {
+        assert!(output.stderr.contains(words), "{output}");
+    }
+    scene.sees("no stick", |seen| seen.find("usb", "serial=LABRED").is_none());
+    is_the_hosts(&scene.vm, &red);
+    let bytes = std::fs::read(file(&red)).expect("the file behind it");
+    assert!(!bytes.starts_with(b"LOST"), "the guest's cache had it, and the stick never got it");
+}
+
+fn mounted(scene: &mut Scene) {
+    let [red, ..] = STICKS;
+    attach(scene);
+    let mut agent = scene.guest.begin(AGENT).expect("a script");
+    scene.guest.wait_output(&mut agent, "up", SCRIPT).expect("it listens");
+    let output = scene.vm.qvirt(&["detach", "guest", "stick"]);
+    refused(&output, 3, &["mounted at /media/red, by the guest's agent"]);
+    scene.vm.ok(&["detach", "guest", "stick", "--force", "--wait", "30s"]);
+    is_the_hosts(&scene.vm, &red);
+}
+
+fn owner_dies(scene: &mut Scene, before: &Inventory) {
+    let [red, ..] = STICKS;
+    attach(scene);
+    scene.vm.kill_owner();
+    scene.vm.start();
+    assert_eq!(holder(&scene.vm, &red), "VM guest");
+    write(scene, &red, "by the successor");
+    println!("$ qvirt detach guest stick --force");
+    scene.vm.ok(&["detach", "guest", "stick", "--force", "--wait", "30s"]);
+    scene.sees("no stick", |seen| seen == before);
+    is_the_hosts(&scene.vm, &red);
+}
+
+/// The steps at which an owner can die while it attaches and detaches a stick.
+const STEPS: [&str; 9] = [
+    "attach:1", "attach:2", "attach:3", "attach:4", "attach:5", "detach:1", "detach:2", "clear:1", "clear:2",
+];
+
+#[test]
+fn the_owner_dies_at_each_step_alone_and_with_qemu() {
+    inside(|| {
+        // Firmware that finds nothing to boot is guest enough: QEMU asks no guest to let go of a USB device.
+        let vm = Vm::new(QemuVersion::V7_2, "", 1, "");
+        let qemu = tests::qemu::images().qemu(vm.version());
+        let text = format!("name = \"guest\"\nmemory = \"64MiB\"\nqemu = {qemu:?}\n{CONTROLLERS}");
+        std::fs::write(vm.config(), text).expect("the VM file is written");
+        for work in STEPS {
+            step(&format!("{work}, the owner alone"), || dies_alone(&vm, work));
+        }
+        vm.start();
+        vm.end();
+        step("QEMU dies, and its owner gives the stick back", || qemu_dies(&vm));
+        // Before the second one there is nothing that a dead owner could leave.
+        for work in &STEPS[1..] {
+            step(&format!("{work}, with QEMU"), || dies_with_qemu(&vm, work));
+        }
+    });
+}
+
+fn qemu_dies(vm: &Vm) {
+    let [red, ..] = STICKS;
+    vm.start();
+    vm.ok(&["attach", "guest", "--usb", &format!("host={},id=stick", ids(&red))]);
+    assert_eq!(driver(&red).as_deref(), Some("usbfs"), "it is QEMU's");
+    vm.kill_process(vm.qemu_pid());
+    is_the_hosts(vm, &red);
+    vm.wait_for("its owner to end", || vm.remains().is_empty());
+}
+
+/// Attaches the stick, and detaches it if that is the work, by an owner that dies at that step; gives QEMU's pid.
+fn owner_that_dies(vm: &Vm, work: &str) -> i32 {
+    let [red, ..] = STICKS;
+    let file = vm.config().display().to_string();
+    let started = vm.qvirt_with(&[("QVIRT_DIE_STEP", work)], &["start", &file]);
+    assert_eq!(started.code, 0, "{started}");
+    let qemu = vm.qemu_pid();
+    let mut output = vm.qvirt(&["attach", "guest", "--usb", &format!("host={},id=stick", ids(&red))]);
+    if !work.starts_with("attach") {
+        assert_eq!(output.code, 0, "{output}");
+        output = vm.qvirt(&["detach", "guest", "stick", "--force"]);
+    }
+    assert_ne!(output.code, 0, "the owner was to die: {output}");
+    qemu
+}
+
+/// The next owner finds QEMU as it was left, and ends what was begun.
+fn dies_alone(vm: &Vm, work: &str) {
+    let [red, ..] = STICKS;
+    let qemu = owner_that_dies(vm, work);
+    vm.start();
+    assert_eq!(vm.qemu_pid(), qemu, "it was adopted");
+    let stage = || vm.device("stick")["stage"].clone();
+    vm.wait_for("the end of what was begun", || stage() != "leaving");
+    println!("{work}: the successor finds it {}", stage());
+    if stage() == "present" {
+        assert_eq!(holder(vm, &red), "VM guest");
+        vm.ok(&["detach", "guest", "stick", "--force"]);
+    }
+    is_the_hosts(vm, &red);
+    vm.kill_owner();
+}
+
+/// `recover` gives back what the dead left.
+fn dies_with_qemu(vm: &Vm, work: &str) {
+    let [red, ..] = STICKS;
+    let qemu = owner_that_dies(vm, work);
+    vm.kill_process(qemu);
+    print!("{work}: {}", vm.ok(&["recover", "guest"]));
+    is_the_hosts(vm, &red);
+    vm.nothing_left();
+}
