@@ -145,7 +145,8 @@ fn qemu_dies(vm: &Vm) {
     let [red, ..] = STICKS;
     vm.start();
     vm.ok(&["attach", "guest", "--usb", &format!("host={},id=stick", ids(&red))]);
-    assert_eq!(driver(&red).as_deref(), Some("usbfs"), "it is QEMU's");
+    // QEMU takes it from its driver at once, and for itself when the guest asks for it.
+    assert_ne!(driver(&red).as_deref(), Some("usb-storage"), "it is QEMU's");
     vm.kill_process(vm.qemu_pid());
     is_the_hosts(vm, &red);
     vm.wait_for("its owner to end", || vm.remains().is_empty());
