@@ -8,6 +8,7 @@ use crate::record::{Launch, Stage};
 use crate::status::{DeviceStatus, LOW_WATER, Status, VmState};
 
 impl Owner {
+    /// The status of this moment, out of what is known; asks nobody.
     pub(super) fn describe(&self) -> Status {
         let devices = self.layout.devices().iter().map(|placed| DeviceStatus {
             id: placed.id.to_string(),
