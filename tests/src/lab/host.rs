@@ -79,6 +79,8 @@ fn kernel() -> Done<()> {
     // The lab's processor is AMD's where it is emulated, this machine's elsewhere.
     let cpuinfo = read("/proc/cpuinfo")?;
     modprobe(&[if cpuinfo.contains(" svm") { "kvm_amd" } else { "kvm_intel" }])?;
+    // It gathers pages of guests into huge ones, and asks the other processor each time, which may not hear it where both are emulated.
+    write("/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs", 3_600_000)?;
     write("/proc/sys/vm/nr_hugepages", HUGE_PAGES)?;
     let got = read("/proc/sys/vm/nr_hugepages")?;
     match got.trim().parse() == Ok(HUGE_PAGES) {

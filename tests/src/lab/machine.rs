@@ -76,6 +76,8 @@ impl LabError {
         let LabError::Test { reason, .. } = self else { return None };
         if self.is_lost_world_switch() {
             Some("the emulated processor lost the lab's KVM")
+        } else if self.console_has(&["Kernel panic", "softlockup"]) {
+            Some("a processor of the lab waited for the other one in vain")
         } else if reason.contains(IN_VAIN) {
             Some(
                 "a guest or the lab waited in vain, as it does when the emulated processor loses an interrupt",
@@ -89,10 +91,14 @@ impl LabError {
     /// registers are still the guest's, its KVM gets an interrupt that it has forbidden, and the fault that follows recurs until the stack is
     /// full. Seen with QEMU 10.0.2 and Linux 6.12.95 on 2026-11-22 in one of some thirty guests, and the more often the more exits there are.
     fn is_lost_world_switch(&self) -> bool {
+        self.console_has(&["Kernel panic", "svm_vcpu_run"])
+    }
+
+    fn console_has(&self, words: &[&str]) -> bool {
         let LabError::Test { console, .. } = self else { return false };
         std::fs::read(console).is_ok_and(|text| {
             let text = String::from_utf8_lossy(&text);
-            ["Kernel panic", "svm_vcpu_run"].iter().all(|words| text.contains(words))
+            words.iter().all(|words| text.contains(words))
         })
     }
 }
@@ -411,9 +417,10 @@ fn with_file(prefix: &str, path: &Path) -> OsString {
 
 /// What the kernel and `integration-images/lab/init` are told.
 fn kernel_words(parts: &Parts, line: &Line) -> String {
-    // The second line is speed; the timer check panics where a busy machine lets the emulated timer wait.
+    // The second line is speed; the timer check panics where a busy machine lets the emulated timer wait. A processor that waits for the other one's
+    // answer in vain ends the lab after 40 s, where the test's own deadline would be minutes.
     let mut words = String::from(
-        "console=ttyS0 quiet loglevel=4 panic=-1 intel_iommu=on iommu=pt \
+        "console=ttyS0 quiet loglevel=4 panic=-1 softlockup_panic=1 watchdog_thresh=20 intel_iommu=on iommu=pt \
          mitigations=off tsc=reliable no_timer_check nokaslr audit=0 cryptomgr.notests random.trust_cpu=on",
     );
     for (number, folder) in parts.shares.iter().enumerate() {
