@@ -450,8 +450,7 @@ async fn agree(qmp: &Qmp, launch: &Launch) -> Result<(), Cause> {
     same_uuid(qmp, &launch.machine.uuid).await?;
     let peripherals = crate::work::peripherals(qmp).await?;
     let frontends = launch.layout.devices().iter().filter(|d| d.spec.frontend.is_some());
-    let missing = frontends.map(|d| &d.id).find(|id| !peripherals.iter().any(|p| p == id.as_str()));
-    match missing {
+    match frontends.map(|d| &d.id).find(|id| !peripherals.iter().any(|p| p == id.as_str())) {
         Some(id) => Err(Cause::Missing { id: id.clone() }),
         None => Ok(()),
     }

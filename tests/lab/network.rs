@@ -138,27 +138,9 @@ fn open_vswitch_with_and_without_a_vlan_tag() {
     });
 }
 
-/// Attaches a NIC by an owner that fails at that step; gives the step's name, nothing if there are not so many.
-fn failed_attach(vm: &Vm, number: u32, nic: &str) -> Option<String> {
-    vm.kill_owner();
-    let (file, step) = (vm.config().display().to_string(), format!("attach:{number}"));
-    let started = vm.qvirt_with(&[("QVIRT_FAIL_STEP", &step)], &["start", &file]);
-    assert_eq!(started.code, 0, "{started}");
-    let output = vm.qvirt(&["attach", "guest", "--nic", nic]);
-    if output.code == 0 {
-        return None;
-    }
-    let name = output
-        .stderr
-        .split_once(&format!("failed on purpose at attach step {number} ("))
-        .map(|(_, rest)| rest);
-    let name =
-        name.and_then(|rest| rest.split_once(')')).unwrap_or_else(|| panic!("step {number}: {output}")).0;
-    Some(name.to_owned())
-}
-
 mod soak {
     use super::*;
+    use crate::sweep::failed_attach;
 
     #[test]
     fn each_step_of_a_nic_that_fails_is_undone() {
@@ -174,7 +156,7 @@ mod soak {
                 let before = (ports(), taps(), vm.device_ids());
                 let nic = format!("{network},vhost=true,queues=2,id={id}");
                 let failed: Vec<String> = (1..)
-                    .map_while(|number| failed_attach(vm, number, &nic))
+                    .map_while(|number| failed_attach(vm, number, ["--nic", &nic]))
                     .inspect(|step| {
                         vm.wait_for(&format!("the undoing of {step}"), || {
                             (ports(), taps(), vm.device_ids()) == before

@@ -26,7 +26,7 @@ pub fn each_step_is_undone<T: PartialEq + Debug>(
 }
 
 /// Attaches a device by an owner that fails at that step; gives the step's name, nothing if there are not so many.
-fn failed_attach(vm: &Vm, number: u32, device: [&str; 2]) -> Option<String> {
+pub fn failed_attach(vm: &Vm, number: u32, device: [&str; 2]) -> Option<String> {
     vm.kill_owner();
     let (file, step) = (vm.config().display().to_string(), format!("attach:{number}"));
     let started = vm.qvirt_with(&[("QVIRT_FAIL_STEP", &step)], &["start", &file]);

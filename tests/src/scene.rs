@@ -167,32 +167,24 @@ macro_rules! on_both {
 /// The same where one QEMU is sample enough for every run of the tests, and the other one's turn is in the soak.
 #[macro_export]
 macro_rules! on_one {
-    (10.0: $($name:ident => $run:ident),+ $(,)?) => {$(
+    (10.0: $($entries:tt)+) => { $crate::on_one!(@ qemu_10_0 V10_0, qemu_7_2 V7_2: $($entries)+); };
+    (7.2: $($entries:tt)+) => { $crate::on_one!(@ qemu_7_2 V7_2, qemu_10_0 V10_0: $($entries)+); };
+    (@ $sample:ident $its:ident, $other:ident $theirs:ident: $($name:ident => $run:ident),+ $(,)?) => {
+        // One entry a call: the QEMUs are the same for all.
+        $($crate::on_one!(@@ $sample $its, $other $theirs: $name => $run);)+
+    };
+    (@@ $sample:ident $its:ident, $other:ident $theirs:ident: $name:ident => $run:ident) => {
         mod $name {
             #[test]
-            fn qemu_10_0() {
-                $crate::scene::judge(|| super::$run($crate::qemu::QemuVersion::V10_0));
+            fn $sample() {
+                $crate::scene::judge(|| super::$run($crate::qemu::QemuVersion::$its));
             }
             mod soak {
                 #[test]
-                fn qemu_7_2() {
-                    $crate::scene::judge(|| super::super::$run($crate::qemu::QemuVersion::V7_2));
+                fn $other() {
+                    $crate::scene::judge(|| super::super::$run($crate::qemu::QemuVersion::$theirs));
                 }
             }
         }
-    )+};
-    (7.2: $($name:ident => $run:ident),+ $(,)?) => {$(
-        mod $name {
-            #[test]
-            fn qemu_7_2() {
-                $crate::scene::judge(|| super::$run($crate::qemu::QemuVersion::V7_2));
-            }
-            mod soak {
-                #[test]
-                fn qemu_10_0() {
-                    $crate::scene::judge(|| super::super::$run($crate::qemu::QemuVersion::V10_0));
-                }
-            }
-        }
-    )+};
+    };
 }

@@ -1,4 +1,5 @@
-//! The words of the command line; those for a device are in `args/device.rs`, those of `qvirt host` in `args/host.rs`, those about images and their chains in `args/images.rs`.
+//! The words of the command line; those for a device are in `args/device.rs`, those of `qvirt host` in `args/host.rs`, those about images and
+//! their chains in `args/images.rs`.
 
 mod device;
 mod host;
