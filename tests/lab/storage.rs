@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tests::guest::PatternWish;
 use tests::lab::host::faulty::{Behaviour, FaultyDisk};
-use tests::lab::{inside, step};
+use tests::lab::{inside, patience, step};
 use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
 use tests::vm::{AGENT_CHANNEL, Output, Vm};
@@ -17,7 +17,7 @@ fn timely(vm: &Vm, arguments: &[&str]) -> Output {
     step(&format!("qvirt {}", arguments.join(" ")), || {
         let begin = Instant::now();
         let output = vm.qvirt(arguments);
-        assert!(begin.elapsed() < IN_TIME, "{:?}: {output}", begin.elapsed());
+        assert!(begin.elapsed() < patience(IN_TIME), "{:?}: {output}", begin.elapsed());
         println!("{output}");
         output
     })

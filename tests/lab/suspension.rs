@@ -6,7 +6,7 @@ use serde_json::Value;
 use tests::guest::{PatternReport, PatternWish};
 use tests::lab::host::far::FarFile;
 use tests::lab::host::faulty::{Behaviour, FaultyDisk};
-use tests::lab::{inside, step};
+use tests::lab::{inside, patience, step};
 use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
 use tests::vm::AGENT_CHANNEL;
@@ -88,7 +88,7 @@ impl Hanging {
                 return;
             }
             assert!(
-                begin.elapsed() < Duration::from_secs(30),
+                begin.elapsed() < patience(Duration::from_secs(30)),
                 "not {state} but {io}:\n{}",
                 self.scene.vm.owner_log()
             );
@@ -121,7 +121,7 @@ impl Hanging {
             assert!(text.contains("hangs"), "{text}");
         }
         println!("five answers in {:.1?}", begin.elapsed());
-        assert!(begin.elapsed() < AT_ONCE * 5);
+        assert!(begin.elapsed() < patience(AT_ONCE * 5));
     }
 
     fn end(mut self) {

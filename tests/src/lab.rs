@@ -92,6 +92,11 @@ pub fn is_emulated() -> bool {
     std::env::var_os(INSIDE).is_some() && processor().contains("QEMU TCG CPU")
 }
 
+/// How long a test waits for what takes `usually` at most: four times as long in an emulated lab, which is slow, and slower on a busy machine.
+pub fn patience(usually: Duration) -> Duration {
+    if is_emulated() { usually * 4 } else { usually }
+}
+
 /// Where the VMs of all tests in the lab keep what their QEMUs answered when they were asked what they can do: asking takes seconds there.
 pub fn answers_of_qemu() -> Option<PathBuf> {
     std::env::var_os(INSIDE)?;

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::lab::patience;
 use crate::vm::Vm;
 
 /// Each command, for a VM whose disk `data` is suspended and that has a CD-ROM drive `cd0`. `near` is an image on that disk's storage.
@@ -46,7 +47,7 @@ pub fn each_is_refused(vm: &Vm, near: &str, at_once: Duration, reasons: &[&str])
 pub fn is_refused(vm: &Vm, words: &[&str], at_once: Duration, reasons: &[&str]) {
     let begin = Instant::now();
     let output = vm.expect(3, words);
-    assert!(begin.elapsed() < at_once, "{words:?} took {:?}", begin.elapsed());
+    assert!(begin.elapsed() < patience(at_once), "{words:?} took {:?}", begin.elapsed());
     assert!(reasons.iter().any(|reason| output.stderr.contains(reason)), "{words:?}: {output}");
     assert!(output.stderr.contains("`qvirt kill"), "{words:?}: {output}");
 }

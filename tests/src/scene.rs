@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::guest::{BOOT, Guest, Inventory};
+use crate::lab::patience;
 use crate::qemu::QemuVersion;
 use crate::vm::Vm;
 
@@ -108,7 +109,7 @@ impl Scene {
     pub fn wait_devices(&self, expected: &[&str]) {
         let mut expected: Vec<&str> = expected.iter().copied().chain(["con0"]).collect();
         expected.sort_unstable();
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + patience(Duration::from_secs(30));
         loop {
             let ids = self.vm.device_ids();
             if ids == expected {

@@ -16,6 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::guest::Guest;
+use crate::lab::patience;
 use crate::qemu::{QemuVersion, images, qvirt_binary};
 
 /// How long a command may take before the test gives it up.
@@ -286,11 +287,11 @@ impl Vm {
         self.wait_for(&format!("the end of process {pid}"), ended);
     }
 
-    /// Waits until `done`, fifteen seconds at most.
+    /// Waits until `done`, fifteen seconds at most, or what an emulated lab makes of them.
     pub fn wait_for(&self, what: &str, done: impl Fn() -> bool) {
-        let until = Instant::now() + ENDING;
+        let (begin, patience) = (Instant::now(), patience(ENDING));
         while !done() {
-            assert!(Instant::now() < until, "waited {ENDING:?} in vain for {what}");
+            assert!(begin.elapsed() < patience, "waited {patience:?} in vain for {what}");
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -340,7 +341,7 @@ impl Vm {
 
     /// Asserts that nothing is left of the VM, after the moment that an owner takes to clear up.
     pub fn nothing_left(&self) {
-        let until = Instant::now() + ENDING;
+        let until = Instant::now() + patience(ENDING);
         while !self.remains().is_empty() {
             assert!(Instant::now() < until, "left behind: {:#?}", self.remains());
             std::thread::sleep(Duration::from_millis(20));

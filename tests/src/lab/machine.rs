@@ -42,6 +42,8 @@ const QEMU_LOG: &str = "qemu";
 const LOGS: Duration = Duration::from_secs(30);
 /// How many of the console's last lines an error shows.
 const TAIL: usize = 30;
+/// How many lines of a panic an error repeats.
+const PANIC: usize = 40;
 
 /// Why there is no lab host, or what went wrong in it.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +64,8 @@ pub enum LabError {
     Make { path: PathBuf, source: io::Error },
     #[error("the lab host did not come up: {reason}\nthe last lines of its console ({}):\n{tail}", console.display())]
     Boot { reason: String, console: PathBuf, tail: String },
-    #[error("{reason}\nthe last lines of the lab's console ({}):\n{tail}", console.display())]
+    // What went wrong comes last, where it is read first.
+    #[error("the last lines of the lab's console ({}):\n{tail}\n{reason}", console.display())]
     Test { reason: String, console: PathBuf, tail: String },
 }
 
@@ -152,10 +155,7 @@ impl Lab {
             // A filter that finds no test succeeds as well.
             Ok(0) if printed.contains("test result: ok. 1 passed") => return Ok(()),
             Ok(0) => format!("the lab ran no test of the name {test}"),
-            Ok(_) if printed.contains(IN_VAIN) => {
-                format!("its steps waited {IN_VAIN}: what they said is above")
-            }
-            Ok(status) => format!("its steps ended with exit status {status}: what they said is above"),
+            Ok(status) => format!("its steps ended with exit status {status}:\n{}", panic_in(&printed)),
             Err(LabError::Test { reason, .. }) => reason,
             Err(e) => return Err(e),
         };
@@ -188,6 +188,14 @@ impl Lab {
             tail: self.process.tail(),
         })
     }
+}
+
+/// How a test that ran in the lab panicked first: where, and with which words.
+fn panic_in(printed: &str) -> String {
+    let mut lines = printed.lines().skip_while(|line| !line.contains("panicked at "));
+    let place = lines.next();
+    let words = lines.take_while(|line| !line.starts_with("note: run with")).take(PANIC);
+    place.into_iter().chain(words).map(|line| format!("  > {line}\n")).collect()
 }
 
 /// What QEMU's standard input and output are.
@@ -295,7 +303,7 @@ impl Process {
     }
 
     fn test_error(&self, reason: String) -> LabError {
-        let reason = format!("{reason}\nwhat its QEMU said:\n{}", self.said());
+        let reason = format!("what its QEMU said:\n{}\n{reason}", self.said());
         LabError::Test { reason, console: self.console.clone(), tail: self.tail() }
     }
 
