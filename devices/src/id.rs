@@ -54,6 +54,11 @@ impl DeviceId {
         format!("{}-{}-file", self.0, generation.0)
     }
 
+    /// The node that sees what a guest writes to a disk while the layer that is written goes into the one below.
+    pub(crate) fn merge_node(&self) -> String {
+        format!("{}-merge", self.0)
+    }
+
     /// The socket on which a disk's proxy serves its image to QEMU.
     pub(crate) fn io_socket(&self, run_dir: &str) -> String {
         format!("{run_dir}/{}-io.sock", self.0)

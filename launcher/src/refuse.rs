@@ -76,6 +76,7 @@ impl Status {
             }
             Request::Detach(detach) => ("detach", Obstacle::Disk(&detach.id)),
             Request::SnapshotCreate(_) => ("snapshot", Obstacle::Any),
+            Request::BlockCommit(_) => ("block commit", Obstacle::Any),
             Request::BlockResize(_) => ("block resize", Obstacle::Any),
             Request::SnapshotDelete(_) => ("snapshot delete", Obstacle::Any),
             Request::Shutdown(_) => ("shutdown", Obstacle::Guest),

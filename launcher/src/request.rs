@@ -106,6 +106,26 @@ pub struct SnapshotDelete {
     pub speed: Option<Size>,
 }
 
+/// Arguments of `qvirt-block-commit`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct BlockCommit {
+    /// Id or target label.
+    pub id: String,
+    /// The uppermost layer that goes; the one that is written if it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub top: Option<String>,
+    /// The image that has it all then; the one that the config names if it is not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+    /// Whether snapshots that it destroys are deleted.
+    #[serde(default)]
+    pub delete_snapshots: bool,
+    /// How much is merged in a second at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<Size>,
+}
+
 /// Arguments of `qvirt-block-resize`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -223,6 +243,8 @@ pub enum Request {
     SnapshotCreate(SnapshotCreate),
     /// `qvirt-snapshot-delete`
     SnapshotDelete(SnapshotDelete),
+    /// `qvirt-block-commit`
+    BlockCommit(BlockCommit),
     /// `qvirt-block-resize`
     BlockResize(BlockResize),
     /// `qvirt-detach`
@@ -259,6 +281,7 @@ pub const COMMANDS: &[&str] = &[
     "qvirt-media",
     "qvirt-snapshot-create",
     "qvirt-snapshot-delete",
+    "qvirt-block-commit",
     "qvirt-block-resize",
     "qvirt-detach",
     "qvirt-shutdown",
@@ -360,6 +383,7 @@ impl Request {
             "qvirt-media" => arguments_of(name, arguments).map(Request::Media),
             "qvirt-snapshot-create" => arguments_of(name, arguments).map(Request::SnapshotCreate),
             "qvirt-snapshot-delete" => arguments_of(name, arguments).map(Request::SnapshotDelete),
+            "qvirt-block-commit" => arguments_of(name, arguments).map(Request::BlockCommit),
             "qvirt-block-resize" => arguments_of(name, arguments).map(Request::BlockResize),
             "qvirt-detach" => arguments_of(name, arguments).map(Request::Detach),
             "qvirt-shutdown" => arguments_of(name, arguments).map(Request::Shutdown),

@@ -69,6 +69,11 @@ pub enum StepError {
     /// QEMU's job ended well, and nothing is different.
     #[error("the merge ended, and the chain is as it was: this is a bug of qvirt or QEMU")]
     NotMerged,
+    /// The layer that is written cannot be left just now.
+    #[error(
+        "the I/O of disk {0} was held meanwhile, so QEMU did not see all that its guest wrote, and the layer stays: try again when its storage works"
+    )]
+    Held(DeviceId),
     /// A chain of images.
     #[error(transparent)]
     Tidy(#[from] crate::snapshot::tidy::TidyError),

@@ -374,6 +374,92 @@ fn deleted_the_middle_the_oldest_the_newest_and_all() {
     vm.nothing_left();
 }
 
+/// Layers go into one below them, of a VM that does not run and of one that does; but no snapshot is destroyed unasked.
+#[test]
+fn layers_are_committed() {
+    let vm = vm();
+    let target = file(&vm);
+    let at = |name: &str| vm.path(name).display().to_string();
+    refused(
+        &vm,
+        3,
+        &["block", "commit", &target, "data"],
+        "disk data: qvirt made no layer of DIR/data.qcow2, so there is nothing to commit: `qvirt blocks` shows its chain",
+    );
+    let (disks, mut states) = five(&vm);
+    let (low, high, other) = (at("data.s1.qcow2"), at("data.s3.qcow2"), at("sys.img"));
+    let commit = |words: &[&str]| {
+        let all: Vec<String> =
+            ["block", "commit", &target, "data"].iter().chain(words).map(ToString::to_string).collect();
+        all
+    };
+    for (words, reason) in [
+        (
+            ["--base", &low, "--top", &high],
+            "that would destroy what snapshots s2, s3 kept: `qvirt snapshot delete` them, or let --delete-snapshots do so",
+        ),
+        (
+            ["--base", &high, "--top", &low],
+            "DIR/data.s1.qcow2 does not stand above DIR/data.s3.qcow2: exchange --top and --base",
+        ),
+        (
+            ["--base", &other, "--speed", "1MiB"],
+            "DIR/sys.img is no layer of it that qvirt made, nor the image below those: it has DIR/data.s5.qcow2, DIR/data.s4.qcow2, DIR/data.s3.qcow2, \
+             DIR/data.s2.qcow2, DIR/data.s1.qcow2, DIR/data.qcow2",
+        ),
+    ] {
+        let words = commit(&words);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        refused(&vm, 3, &words, &format!("disk data: {reason}"));
+    }
+    assert!(now(&vm) == disks && chain::states(&vm) == states, "nothing was changed");
+    let words = commit(&["--base", &low, "--top", &high, "--delete-snapshots"]);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    assert_eq!(
+        said(&vm, &vm.ok(&words)),
+        "snapshot s2 of guest is deleted\nsnapshot s3 of guest is deleted\ndata of guest: its layers went into DIR/data.s1.qcow2\n"
+    );
+    states.retain(|state, _| !state.starts_with("s2") && !state.starts_with("s3"));
+    assert!(now(&vm) == disks && chain::states(&vm) == states, "nothing but the two is gone");
+    chain::are_sound(&vm);
+    start_paused(&vm);
+    refused(
+        &vm,
+        3,
+        &["block", "commit", "guest", "data"],
+        "disk data: that would destroy what snapshots s1, s4, s5 kept: `qvirt snapshot delete` them, or let --delete-snapshots do so",
+    );
+    let lines = vm.ok(&["block", "commit", "guest", "data", "--delete-snapshots", "--json"]);
+    let lines: Vec<Value> =
+        lines.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect();
+    assert_eq!(lines.last(), Some(&serde_json::json!({"deleted": ["s1", "s4", "s5"]})));
+    let is_job = |line: &Value| line["id"] == "data-merge" || line["id"] == "sys-merge";
+    assert!(lines.iter().rev().skip(1).all(is_job), "{lines:?}");
+    assert_eq!(overlays(&vm), [""; 0], "both disks stand on the images that the config names");
+    vm.end();
+    assert!(now(&vm) == disks, "the disks are as they were");
+}
+
+/// What a revert left, and a snapshot needs, stands on the image as well.
+#[test]
+fn a_branch_is_in_the_way_of_a_commit() {
+    let vm = vm();
+    let target = file(&vm);
+    for words in [["create", "a"], ["create", "b"], ["revert", "a"]] {
+        vm.ok(&["snapshot", words[0], &target, words[1]]);
+    }
+    refused(
+        &vm,
+        3,
+        &["block", "commit", &target, "data", "--delete-snapshots"],
+        "disk data: overlay DIR/data.a.qcow2 stands on DIR/data.qcow2 as well, for snapshot b: delete what it is for first",
+    );
+    vm.ok(&["snapshot", "delete", &target, "b"]);
+    vm.ok(&["block", "commit", &target, "data", "--delete-snapshots"]);
+    assert_eq!(overlays(&vm), [""; 0]);
+    vm.nothing_left();
+}
+
 #[test]
 fn reverted_and_what_was_left_behind() {
     let vm = vm();

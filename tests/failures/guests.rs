@@ -2,6 +2,7 @@
 //! asked is the truth.
 
 use serde_json::json;
+use tests::events::Events;
 
 use crate::holdings::Holdings;
 use crate::stage::Stage;
@@ -156,12 +157,8 @@ fn a_device_that_does_not_stay() {
 #[test]
 fn unknown_words_pass_through() {
     let (stage, _) = with_disk();
-    let mut command = stage.vm.command(&["events", "guest", "--json"]);
-    let path = stage.vm.path("events");
-    let mut follower =
-        command.stdout(std::fs::File::create(&path).expect("made")).spawn().expect("qvirt starts");
-    let heard = |word: &str| std::fs::read_to_string(&path).unwrap_or_default().contains(word);
-    stage.vm.wait_for("the follower", || heard("QVIRT_FOLLOWING"));
+    let events = Events::follow(&stage.vm, &["--json"]);
+    let heard = |word: &str| events.text().contains(word);
     let mut control = stage.control();
     control.emit("FROM_THE_FUTURE", json!({"deep": {"list": [1, null]}}));
     stage.vm.wait_for("the unknown event", || heard("{\"deep\":{\"list\":[1,null]}}"));
@@ -185,8 +182,6 @@ fn unknown_words_pass_through() {
     control.io_error("d", "write", "stop");
     stage.vm.wait_for("the stop", || stage.vm.status()["reason"] == "io-error");
     assert_eq!(stage.vm.device("d")["fault"]["events"], 2);
-    // It is ours and not reaped.
-    follower.kill().expect("it runs for ever");
-    follower.wait().expect("it is our child");
+    drop(events);
     stage.end();
 }

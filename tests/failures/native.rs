@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tests::events::Events;
 use tests::fake::{Control, Fake};
 use tests::vm::Vm;
 
@@ -19,7 +20,7 @@ const HARMLESS: [&str; 3] = ["qom-list", "qom-get", "set-action"];
 struct Replay {
     stage: Stage,
     control: Control,
-    follower: std::process::Child,
+    events: Events,
 }
 
 impl Replay {
@@ -35,23 +36,15 @@ impl Replay {
         let output = stage.start_with(&Fake::new().retries(), &[]);
         assert_eq!(output.code, 0, "{output}");
         assert_eq!(stage.vm.device("d")["on_error"]["engine"], "native");
-        let file = std::fs::File::create(stage.vm.path("events")).expect("made");
-        let mut command = stage.vm.command(&["events", "guest", "--json"]);
-        let follower = command.stdout(file).spawn().expect("qvirt starts");
+        let events = Events::follow(&stage.vm, &["--json"]);
         let mut control = stage.control();
         control.forget();
-        let replay = Replay { stage, control, follower };
-        replay.stage.vm.wait_for("the follower", || replay.text().contains("QVIRT_FOLLOWING"));
-        replay
-    }
-
-    fn text(&self) -> String {
-        std::fs::read_to_string(self.stage.vm.path("events")).unwrap_or_default()
+        Replay { stage, control, events }
     }
 
     /// Names of our events about disks so far, but for those of retries.
     fn told(&self) -> Vec<String> {
-        let text = self.text();
+        let text = self.events.text();
         let names = text.lines().filter_map(|line| {
             let event: Value = serde_json::from_str(line).ok()?;
             Some(event["event"].as_str()?.strip_prefix("QVIRT_IO_")?.to_owned())
@@ -98,9 +91,7 @@ impl Replay {
             })
             .collect();
         assert_eq!(changes, Vec::<String>::new(), "sent to a QEMU that retries by itself");
-        // It is ours and not reaped.
-        self.follower.kill().expect("it runs for ever");
-        self.follower.wait().expect("it is our child");
+        drop(self.events);
         self.stage.end();
     }
 }
@@ -131,7 +122,7 @@ fn an_outage_that_ends_in_time() {
     replay.is("ok");
     assert_eq!(replay.counters(), [1, 3, 1, 0]);
     replay.stage.vm.wait_for("the end to be told", || replay.told() == ["SUSPENDED", "RECOVERED"]);
-    assert!(replay.text().contains("QVIRT_IO_RETRY"));
+    assert!(replay.events.text().contains("QVIRT_IO_RETRY"));
     replay.end();
 }
 
@@ -256,7 +247,7 @@ fn a_busy_loop() {
     let fault = || replay.stage.vm.device("d")["fault"]["events"].as_u64();
     replay.stage.vm.wait_for("all events", || fault() == Some(5000));
     let retries = replay.counters()[1];
-    let told = replay.text().matches("\"QVIRT_IO_RETRY\"").count();
+    let told = replay.events.text().matches("\"QVIRT_IO_RETRY\"").count();
     let limit = begin.elapsed().as_secs() + 1;
     assert!(told as u64 <= limit && retries <= limit * 4, "{told} told, {retries} counted in {limit} s");
     let journal =

@@ -169,6 +169,14 @@ fn snapshot(case: &Case, blueprint: &Blueprint) -> (Vec<Value>, String) {
             }
             None => text.push_str(&format!("# {frozen} has nothing below it\n")),
         }
+        let written = new.layers().into_iter().next().expect("it has an overlay").path;
+        let lesser = new.without_layer(&written).expect("it can be merged").expect("there is an image below");
+        text.push_str(&format!("# {written}, which is written, merged into the one below it\n"));
+        let steps =
+            [lesser.begin(None), lesser.complete(), lesser.finalize(), lesser.cancel(), lesser.dismiss()];
+        steps.into_iter().for_each(|call| show(&mut text, call));
+        lesser.clear().for_each(|call| show(&mut text, call));
+        text.push_str(&format!("# then {}", headline(&lesser.placed).trim_start_matches("# ")));
     }
     (calls, text)
 }

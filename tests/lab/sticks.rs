@@ -1,6 +1,7 @@
 //! Disks of a guest on USB sticks of the host that are pulled while it writes, and plugged in again: the same stick is then another device.
 
 use serde_json::json;
+use tests::events::Events;
 use tests::guest::PatternReport;
 use tests::lab::host::usb::{STICKS, Stick};
 use tests::lab::{inside, step};
@@ -48,8 +49,7 @@ fn a_held_disk_is_attached_anew_on_the_stick_that_is_back() {
         let [_, blue, ..] = STICKS;
         let wish = "cache=none,on_error.engine=hold,on_error.timeout=6s,on_error.at_timeout=";
         let (mut scene, storm) = begin(QemuVersion::V7_2, &blue, "blue", &format!("{wish}report"));
-        let file = std::fs::File::create(scene.vm.path("events")).expect("made");
-        let mut events = scene.vm.command(&["events", "guest"]).stdout(file).spawn().expect("qvirt starts");
+        let events = Events::follow(&scene.vm, &[]);
         step("a stick is pulled", || {
             let pulled = Pulled::pull(&blue);
             storm.waits_for(&scene, "suspended");
@@ -69,13 +69,11 @@ fn a_held_disk_is_attached_anew_on_the_stick_that_is_back() {
             storm.is_unharmed(&mut scene, "on the stick that is back");
             storm.detach(&mut scene);
         });
-        // It is ours and not reaped.
-        events.kill().expect("it runs for ever");
-        events.wait().expect("it is our child");
-        let told = std::fs::read_to_string(scene.vm.path("events")).expect("read");
+        let told = events.text();
         for event in ["QVIRT_IO_SUSPENDED", "QVIRT_IO_TIMED_OUT"] {
             assert!(told.lines().any(|line| line.contains(event) && line.contains("device=blue")), "{told}");
         }
+        drop(events);
         scene.end();
     });
 }

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tests::events::Events;
 use tests::guest::{PatternReport, PatternWish};
 use tests::lab::host::far::FarFile;
 use tests::lab::host::faulty::{Behaviour, FaultyDisk};
@@ -25,7 +26,7 @@ struct Hanging {
     scene: Scene,
     storage: Storage,
     name: String,
-    events: std::process::Child,
+    events: Events,
 }
 
 impl Hanging {
@@ -35,9 +36,7 @@ impl Hanging {
             Storage::Far(file) => file.path().to_owned(),
         };
         let mut scene = step("boot", || Scene::boot(version, QUIET, AGENT_CHANNEL));
-        let file = std::fs::File::create(scene.vm.path("events")).expect("made");
-        let mut command = scene.vm.command(&["events", "guest", "--json"]);
-        let events = command.stdout(file).spawn().expect("qvirt starts");
+        let events = Events::follow(&scene.vm, &["--json"]);
         let disk = format!(
             "path={},id=data,serial={name},cache=none,on_error.read=retry,on_error.write=retry,on_error.interval=500ms,\
              on_error.engine=hold,{more}",
@@ -97,8 +96,7 @@ impl Hanging {
     }
 
     fn events(&self, name: &str) -> usize {
-        let text = std::fs::read_to_string(self.scene.vm.path("events")).unwrap_or_default();
-        text.lines().filter(|line| line.contains(&format!("{name:?}"))).count()
+        self.events.text().lines().filter(|line| line.contains(&format!("{name:?}"))).count()
     }
 
     /// It hangs: everybody is told, nothing is done that drains, and the answers come at once.
@@ -130,9 +128,7 @@ impl Hanging {
         let verdict = self.scene.guest.pattern_verify(&self.name).expect("a verdict");
         assert_eq!((verdict.mismatch_count, verdict.stale), (0, 0), "{verdict:#?}");
         self.scene.vm.ok(&["detach", "guest", "data", "--wait", "30s"]);
-        // It is ours and not reaped.
-        self.events.kill().expect("it runs for ever");
-        self.events.wait().expect("it is our child");
+        drop(self.events);
         self.scene.end();
     }
 }

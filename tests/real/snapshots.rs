@@ -68,8 +68,8 @@ fn two_disks_at_one_instant(version: QemuVersion) {
     scene.end();
 }
 
-/// Five snapshots of a disk that is written and verified all the time; the middle one and the oldest are deleted meanwhile, the newest cannot be. What is
-/// left is what it was.
+/// Five snapshots of a disk that is written and verified all the time; the middle one, the oldest, the newest and the others are deleted meanwhile.
+/// What is left is what it was.
 fn deleted_under_the_guest(version: QemuVersion) {
     let mut scene = Scene::boot(version, QUIET, AGENT_CHANNEL);
     let storm = Storm::begin(&mut scene, "data", "on_error.engine=hold");
@@ -78,7 +78,7 @@ fn deleted_under_the_guest(version: QemuVersion) {
         storm.is_unharmed(&mut scene, "after a snapshot");
     }
     let mut kept = states(&scene.vm);
-    for (name, layers) in [("s3", 5), ("s1", 4)] {
+    for (name, layers) in [("s3", 5), ("s1", 4), ("s5", 3), ("s2", 2), ("s4", 1)] {
         scene.vm.ok(&["snapshot", "delete", "guest", name]);
         storm.is_unharmed(&mut scene, "after a deletion");
         kept.retain(|state, _| !state.starts_with(name));
@@ -87,14 +87,7 @@ fn deleted_under_the_guest(version: QemuVersion) {
         assert_eq!(nodes.as_array().map(Vec::len), Some(2 * layers), "{nodes:#}");
         are_sound(&scene.vm);
     }
-    let refused = scene.vm.expect(3, &["snapshot", "delete", "guest", "s5"]);
-    assert!(
-        refused.stderr.contains("it would be merged while the guest writes it: stop the VM first"),
-        "{refused}"
-    );
-    assert!(states(&scene.vm) == kept, "nothing was forgotten");
     println!("{}", scene.vm.ok(&["blocks", "guest"]));
-    storm.is_unharmed(&mut scene, "after a refusal");
     let stopped = scene.guest.pattern_stop(&storm.name).expect("the pattern ends");
     assert_eq!((stopped.error_count, stopped.mismatch_count), (0, 0), "{stopped:#?}");
     let verdict = scene.guest.pattern_verify(&storm.name).expect("a verdict");

@@ -14,6 +14,7 @@
 //! `target/lab` until another run.
 
 use std::any::type_name;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
@@ -30,6 +31,9 @@ pub use shell::shell;
 /// Set in the lab host: a test that sees it runs its steps.
 const INSIDE: &str = "QVIRT_LAB";
 
+/// What a test in the lab prints while it has nothing else to say; nobody sees it.
+const ALIVE: char = '\u{5}';
+
 /// How long one test may take in the lab. Most take 30 s where L1 is emulated; this is for a machine with much else to do.
 const TEST: Duration = Duration::from_secs(420);
 
@@ -45,6 +49,7 @@ static LAB: Mutex<Option<Lab>> = Mutex::new(None);
 /// Where the steps do, with what they said; and if the lab host does not come up, dies, or the steps take longer than seven minutes.
 pub fn inside<F: Fn()>(steps: F) {
     if std::env::var_os(INSIDE).is_some() {
+        say_alive();
         return steps();
     }
     let test = test_name(type_name::<F>());
@@ -68,6 +73,18 @@ pub fn inside<F: Fn()>(steps: F) {
         // The next test gets a lab host that nobody left in a strange state.
         Err(e) => panic!("{test} failed in the lab after {:.1?}: {e}", begin.elapsed()),
     }
+}
+
+/// Tells the other side, as long as the test runs, that the lab host has not stopped.
+fn say_alive() {
+    std::thread::spawn(|| {
+        loop {
+            std::thread::sleep(Duration::from_secs(5));
+            print!("{ALIVE}");
+            // Nobody reads it any more: the test is over.
+            let _ = std::io::stdout().flush();
+        }
+    });
 }
 
 fn booted() -> Lab {
@@ -119,7 +136,7 @@ pub fn main(arguments: &[&str]) -> ExitCode {
     let done = match arguments {
         ["shell"] => shell().map_err(|e| e.to_string()),
         ["run", command @ ..] if !command.is_empty() => {
-            match Lab::boot().and_then(|mut lab| lab.run(command, &mut |text| print!("{text}"), TEST)) {
+            match Lab::boot().and_then(|mut lab| lab.run(command, &mut |text| print!("{text}"), (TEST, TEST))) {
                 Ok(0) => Ok(()),
                 Ok(status) => Err(format!("{} ended with exit status {status}", command[0])),
                 Err(e) => Err(e.to_string()),

@@ -1,8 +1,9 @@
-//! What the tests share: where the things under test are ([`qemu`]), a VM of a test and its guest ([`vm`], [`guest`], [`scene`]), the images it
+//! What the tests share: where the things under test are ([`qemu`]), a VM of a test, its events and its guest ([`vm`], [`events`], [`guest`], [`scene`]), the images it
 //! stands on ([`chain`]), peers that do what
 //! real ones cannot be made to do ([`fake`], [`vhost_user`], [`vduse`]), and the hardware lab ([`lab`]).
 
 pub mod chain;
+pub mod events;
 pub mod fake;
 pub mod guest;
 pub mod lab;

@@ -1,10 +1,14 @@
-//! Chains of running disks with a layer less: the disk as it will be, and the commands that bring it there. Not of the layer that is written.
+//! Chains of running disks with a layer less: the disk as it will be, and the commands that bring it there.
+//!
+//! The layer that is written goes by an active commit: QEMU keeps copying what the guest writes meanwhile, and is `ready` when it has caught up. Told
+//! to complete, it lets no request of the guest through, copies and flushes the rest, and is `pending`: both images show the same disk then,
+//! until it is told to go on, which moves the device onto the image below.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::Placed;
-use crate::host::HostNeed;
+use crate::host::{Access, HostNeed};
 use crate::refusal::Refusal;
 use crate::spec::{Backend, Call, Props};
 
@@ -16,7 +20,10 @@ pub struct Lesser {
     /// The job's id.
     pub job: String,
     device: String,
-    above: String,
+    /// The node on the one that goes; none where the device itself stands on that.
+    above: Option<String>,
+    /// The node that QEMU puts between the device and what it writes, and that sees what the guest writes.
+    filter: String,
     top: String,
     base: String,
     backing_file: String,
@@ -41,10 +48,6 @@ impl Placed {
             let (id, key) = (self.id.clone(), "snapshot");
             Err(Refusal::Value { id, key, value: value.to_owned(), rule: rule.to_owned() })
         };
-        if depth == 0 {
-            let rule = "it would be merged while the guest writes it: stop the VM first";
-            return refuse(&format!("under {from}, which is written"), rule);
-        }
         if self.needs.iter().any(|need| matches!(need, HostNeed::IoProxy(_))) {
             return refuse("while its image is behind an io-proxy", "stop the VM first");
         }
@@ -54,21 +57,40 @@ impl Placed {
         let gone: Vec<Backend> = placed.spec.backends.drain(start..start + 2).collect();
         let name = |backend: &Backend| text(backend, "node-name").to_owned();
         let base = name(&placed.spec.backends[start - 1]);
-        let above = name(&placed.spec.backends[start + 1]);
-        if let Backend::Blockdev(props) = &mut placed.spec.backends[start + 1] {
-            props.insert("backing".to_owned(), base.clone().into());
+        let above = placed.spec.backends.get(start + 1).map(name);
+        match placed.spec.backends.get_mut(start + 1) {
+            Some(Backend::Blockdev(props)) => drop(props.insert("backing".to_owned(), base.clone().into())),
+            _ => placed.write_to(&base, &below.path),
         }
         placed.needs.retain(|need| !matches!(need, HostNeed::Image { path, .. } if path == from));
         Ok(Some(Lesser {
             job: format!("{}-merge", self.id),
             device: self.top_node().unwrap_or_default().to_owned(),
             above,
+            filter: self.id.merge_node(),
             top: name(&gone[1]),
             base,
             backing_file: below.path.clone(),
             placed,
             gone,
         }))
+    }
+
+    /// Makes an image, by its node and its path, the one that is written.
+    fn write_to(&mut self, node: &str, path: &str) {
+        if let Some(Backend::Blockdev(props)) = self.spec.backends.last_mut() {
+            props.remove("read-only");
+        }
+        if let Some(frontend) = &mut self.spec.frontend {
+            frontend.0.insert("drive".to_owned(), node.into());
+        }
+        for need in &mut self.needs {
+            if let HostNeed::Image { path: image, access, .. } = need
+                && image == path
+            {
+                *access = Access::Write;
+            }
+        }
     }
 }
 
@@ -80,13 +102,39 @@ impl Lesser {
             "device": self.device,
             "top-node": self.top,
             "base-node": self.base,
-            "backing-file": self.backing_file,
             "auto-dismiss": false,
         });
+        match self.above {
+            Some(_) => arguments["backing-file"] = self.backing_file.clone().into(),
+            None => {
+                arguments["auto-finalize"] = false.into();
+                arguments["filter-node-name"] = self.filter.clone().into();
+            }
+        }
         if let Some(speed) = bytes_per_second {
             arguments["speed"] = speed.into();
         }
         Call::new("block-commit", arguments)
+    }
+
+    /// Whether it is the layer that is written which goes.
+    pub fn is_active(&self) -> bool {
+        self.above.is_none()
+    }
+
+    /// The command that ends an active commit which has caught up.
+    pub fn complete(&self) -> Call {
+        Call::new("job-complete", json!({"id": self.job}))
+    }
+
+    /// The command that moves the device, when nothing is left to copy.
+    pub fn finalize(&self) -> Call {
+        Call::new("job-finalize", json!({"id": self.job}))
+    }
+
+    /// The command that gives it up.
+    pub fn cancel(&self) -> Call {
+        Call::new("job-cancel", json!({"id": self.job}))
     }
 
     /// The command that makes QEMU forget the job when it is over.
@@ -99,9 +147,26 @@ impl Lesser {
         self.gone.iter().rev().map(Backend::del)
     }
 
-    /// Whether it is done, by `query-named-block-nodes`: the layer above names the one below.
-    pub fn is_done(&self, nodes: &[Value]) -> bool {
-        let above = nodes.iter().find(|node| node["node-name"].as_str() == Some(&self.above));
-        above.is_some_and(|node| node["backing_file"].as_str() == Some(self.backing_file.as_str()))
+    /// Whether it is done, by `query-named-block-nodes` and the node that the device stands on: the layer above, or the device, is on the one below.
+    /// `None` where the device stands on neither, as while its I/O is held.
+    pub fn is_done(&self, nodes: &[Value], stands_on: &str) -> Option<bool> {
+        match &self.above {
+            Some(above) => {
+                let above = nodes.iter().find(|node| node["node-name"].as_str() == Some(above));
+                Some(
+                    above.is_some_and(|node| {
+                        node["backing_file"].as_str() == Some(self.backing_file.as_str())
+                    }),
+                )
+            }
+            None if stands_on == self.base => Some(true),
+            None => (self.is_seen(stands_on) || stands_on == self.top).then_some(false),
+        }
+    }
+
+    /// Whether the job sees what a device writes that stands on this node. A device that was elsewhere meanwhile, as while its I/O is held, may be
+    /// beside it for good.
+    pub fn is_seen(&self, stands_on: &str) -> bool {
+        stands_on == self.filter
     }
 }

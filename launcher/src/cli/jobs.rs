@@ -1,13 +1,11 @@
-//! `qvirt jobs` and `qvirt job`: QEMU's block jobs, as it has them; `qvirt block resize`.
+//! `qvirt jobs` and `qvirt job`: QEMU's block jobs, as it has them.
 
-use devices::units::Size;
 use serde_json::{Value, json};
 
 use super::args::JobChange;
 use super::client::connect;
 use super::{Exit, Problem, print};
 use crate::folders::{Folders, VmName};
-use crate::request::BlockResize;
 
 /// `qvirt jobs`
 pub async fn jobs(vm: &VmName, as_json: bool) -> Result<Exit, Problem> {
@@ -44,13 +42,5 @@ pub async fn change(what: JobChange, vm: &VmName, job: &str) -> Result<Exit, Pro
         JobChange::Resume => client.call("job-resume", id).await?,
     };
     drop(done);
-    Ok(Exit::Done)
-}
-
-/// `qvirt block resize`
-pub async fn resize(vm: &VmName, disk: &str, size: Size) -> Result<Exit, Problem> {
-    let wish = BlockResize { id: disk.to_owned(), size };
-    let _: Value = connect(&Folders::find()?, vm).await?.ask("qvirt-block-resize", &wish).await?;
-    println!("{disk} of {vm} has {size}");
     Ok(Exit::Done)
 }

@@ -5,6 +5,7 @@
 //! serves one image, `snapshot` and `blocks` have the chains of images.
 
 mod args;
+mod block;
 mod blocks;
 mod chain;
 mod client;
@@ -16,6 +17,7 @@ mod live;
 mod media;
 mod plug;
 mod print;
+mod progress;
 mod proxy;
 mod run;
 mod snapshot;
@@ -220,7 +222,7 @@ async fn dispatch(arguments: args::Arguments) -> Result<Exit, Problem> {
         C::Detach(detach) => plug::detach(detach).await,
         C::Media(media) => media::media(media).await,
         C::Blocks { vm, json } => blocks::blocks(&vm, json).await,
-        C::Block(args::Block::Resize { vm, disk, size }) => jobs::resize(&vm, &disk, size).await,
+        C::Block(block) => block::block(block).await,
         C::Jobs { vm, json } => jobs::jobs(&vm, json).await,
         C::Job { what, vm, job } => jobs::change(what, &vm, &job).await,
         C::Chain(args::Chain::Check { vm, repair, json }) => chain::check(&vm, repair, json).await,

@@ -1,14 +1,15 @@
 //! `qvirt snapshot`: taken by the owner of a VM that runs, or here of one that does not; listed from what is known of snapshots.
 
 use std::collections::BTreeSet;
+use std::fmt::Display;
 use std::path::Path;
-use std::time::Duration;
 
 use devices::units::Size;
 use serde_json::{Value, json};
 
 use super::args::{Snapshot as Words, SnapshotCreate, Start};
 use super::client::connect;
+use super::progress::follow;
 use super::{Exit, Problem, print, target};
 use crate::adopt::Life;
 use crate::folders::{Folders, VmName};
@@ -17,9 +18,6 @@ use crate::snapshot::files::allocated_bytes;
 use crate::snapshot::stopped::{StoppedError, StoppedVm};
 use crate::snapshot::{Book, Snapshot, SnapshotName, Store};
 
-/// How long images may take to be merged: whole disks, at the speed of their storage. It goes on when nobody waits for it.
-const MERGE: Duration = Duration::from_secs(24 * 3600);
-
 /// `qvirt snapshot`
 pub async fn snapshot(words: Words) -> Result<Exit, Problem> {
     match words {
@@ -27,7 +25,9 @@ pub async fn snapshot(words: Words) -> Result<Exit, Problem> {
         Words::Revert { vm, name, running, discard, sparse } => {
             revert(&vm, &name, running, (discard, sparse)).await
         }
-        Words::Delete { vm, name, children, speed } => delete(&vm, &name, children, speed).await,
+        Words::Delete { vm, name, children, speed, json } => {
+            delete(&vm, &name, (children, speed), json).await
+        }
         Words::List { vm, tree, json } => list(&vm, tree, json),
         Words::Show { vm, name, json } => show(&vm, &name, json),
     }
@@ -42,7 +42,7 @@ impl From<StoppedError> for Problem {
             E::Blueprint(error) => return (*error).into(),
             E::Remains(error) => return (*error).into(),
             E::Taken { .. } => Exit::Pending,
-            E::Choose(_) | E::Overlay(_) | E::NoGuest { .. } | E::Refusal(_) => Exit::Refused,
+            E::Choose(_) | E::Commit(_) | E::Overlay(_) | E::NoGuest { .. } | E::Refusal(_) => Exit::Refused,
             E::Need { source: NeedError::Lease(LeaseError::Held { .. }), .. } => Exit::Refused,
             _ => Exit::Failed,
         };
@@ -130,8 +130,8 @@ async fn revert(
 async fn delete(
     target: &str,
     name: &SnapshotName,
-    children: bool,
-    speed: Option<Size>,
+    (children, speed): (bool, Option<Size>),
+    as_json: bool,
 ) -> Result<Exit, Problem> {
     let folders = Folders::find()?;
     let vm = target::vm(&folders, target)?;
@@ -142,14 +142,21 @@ async fn delete(
     let names = if children { book.with_children(&vm, name) } else { vec![name.clone()] };
     if is_live(&folders, &vm)? {
         let wish = request::SnapshotDelete { name: name.clone(), children, speed };
-        let client = connect(&folders, &vm).await?;
-        let _: Value = client.ask_for(MERGE, "qvirt-snapshot-delete", &wish).await?;
+        follow(&folders, &vm, "qvirt-snapshot-delete", &wish, as_json).await?;
     } else {
         let held = StoppedVm::hold(&folders, target::config(&folders, target)?).await?;
         held.delete(&names)?;
     }
-    names.iter().for_each(|name| println!("snapshot {name} of {vm} is deleted"));
+    if as_json {
+        println!("{}", json!({"deleted": names}));
+        return Ok(Exit::Done);
+    }
+    say_deleted(&vm, &names);
     Ok(Exit::Done)
+}
+
+pub(super) fn say_deleted(vm: &VmName, names: &[impl Display]) {
+    names.iter().for_each(|name| println!("snapshot {name} of {vm} is deleted"));
 }
 
 /// `ID` or `ID=FILE`, the file made absolute.

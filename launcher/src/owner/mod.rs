@@ -14,7 +14,6 @@
 //! [`Workshop`] and so the journal; requests wait in a queue meanwhile, and the loop stays free. `plug` has attach and detach, `truth` what
 //! QEMU is asked, `describe` the status, `end` the ways a VM stops.
 
-mod delete;
 mod describe;
 mod end;
 mod facts;
@@ -22,6 +21,7 @@ mod io;
 mod media;
 mod plug;
 mod resize;
+mod shrink;
 mod snapshot;
 mod truth;
 mod usb;
@@ -52,6 +52,7 @@ use describe::empty;
 pub use end::Ending;
 use end::Farewell;
 use plug::{Departure, Job};
+use shrink::Shrink;
 use truth::Truth;
 
 /// A VM that runs, as a launch or an adoption hands it over.
@@ -306,6 +307,7 @@ impl Owner {
             Request::Media(_) => Some("no medium is changed"),
             Request::SnapshotCreate(_) => Some("no snapshot is taken"),
             Request::SnapshotDelete(_) => Some("no snapshot is deleted"),
+            Request::BlockCommit(_) => Some("nothing is committed"),
             Request::BlockResize(_) => Some("no disk gets another size"),
             _ => None,
         };
@@ -325,7 +327,8 @@ impl Owner {
             }
             Request::Media(media) => self.media(media, reply),
             Request::SnapshotCreate(wish) => self.snapshot(wish, reply),
-            Request::SnapshotDelete(wish) => self.delete_snapshot(wish, reply),
+            Request::SnapshotDelete(wish) => self.shrink(Shrink::Delete(wish), reply),
+            Request::BlockCommit(wish) => self.shrink(Shrink::Commit(wish), reply),
             Request::BlockResize(wish) => self.queue.push_back(Job::Resize(wish, reply)),
             Request::Detach(detach) => self.detach_unused(detach, reply),
             Request::Shutdown(shutdown) => self.shut_down(&shutdown, reply),

@@ -13,14 +13,14 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::delete::Deleted;
 use super::media::Changed;
+use super::shrink::{Shrink, Shrunk};
 use super::snapshot::Taken;
 use super::{Finished, Owner, Reply, not_now};
 use crate::launch::images;
 use crate::record::{Entry, Stage};
 use crate::request::{
-    Attach, Attached, BlockResize, Class, Detach, Detached, Failure, Media, SnapshotCreate, SnapshotDelete,
+    Attach, Attached, BlockResize, Class, Detach, Detached, Failure, Media, SnapshotCreate,
 };
 use crate::status::VmState;
 use crate::work::merge::Merging;
@@ -38,8 +38,8 @@ pub(super) enum Job {
     Media(Media, Reply),
     /// Take a snapshot.
     Snapshot(SnapshotCreate, Reply),
-    /// Forget snapshots.
-    Delete(SnapshotDelete, Reply),
+    /// Forget snapshots, and shorten chains.
+    Shrink(Shrink, Reply),
     /// Give a disk another size.
     Resize(BlockResize, Reply),
     /// Go on with a merge that a former owner began.
@@ -59,8 +59,8 @@ pub(super) enum Outcome {
     Media(Box<Changed>),
     /// A snapshot was taken, or not.
     Snapshot(Box<Taken>),
-    /// Snapshots were forgotten, or not.
-    Deleted(Box<Deleted>),
+    /// Chains are shorter, or not.
+    Shrunk(Box<Shrunk>),
     /// A disk has another size, or not.
     Resized(Result<Value, Failure>, Reply),
     /// A device was asked to leave.
@@ -119,7 +119,7 @@ impl Owner {
                 Job::Attach(attach, facts, reply) => self.attach(*attach, &facts, reply),
                 Job::Media(media, reply) => self.begin_media(media, reply),
                 Job::Snapshot(wish, reply) => self.begin_snapshot(wish, reply),
-                Job::Delete(wish, reply) => self.begin_delete(wish, reply),
+                Job::Shrink(wish, reply) => self.begin_shrink(wish, reply),
                 Job::Resize(wish, reply) => self.resize(wish, reply),
                 Job::Merge(merging) => self.resume_merge(*merging),
                 Job::Ask(id) => self.work(id, |mut shop, placed| async move {
@@ -245,7 +245,7 @@ impl Owner {
             Outcome::Attached(parts, Err(error), reply) => self.not_arrived(&parts, &error, reply),
             Outcome::Media(changed) => self.on_changed(*changed),
             Outcome::Snapshot(taken) => self.on_taken(*taken),
-            Outcome::Deleted(deleted) => self.on_deleted(*deleted),
+            Outcome::Shrunk(shrunk) => self.on_shrunk(*shrunk),
             Outcome::Resized(outcome, reply) => {
                 self.look();
                 let _ = reply.send(outcome);

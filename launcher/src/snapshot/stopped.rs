@@ -7,8 +7,9 @@ use devices::{DeviceId, Refusal};
 use thiserror::Error;
 use tracing::warn;
 
-use super::book::{Snapshot, SnapshotDisk, SnapshotName};
+use super::book::{Book, Snapshot, SnapshotDisk, SnapshotName};
 use super::choose::{self, ChooseError};
+use super::commit::CommitError;
 use super::files::{self, NewOverlay, OverlayError, check_room, qemu_img};
 use super::store::StoreError;
 use super::tidy::{self, TidyError};
@@ -22,7 +23,7 @@ use crate::injection::{Injected, Steps};
 use crate::launch::remove_folder;
 use crate::lease::{LeaseError, Leases};
 use crate::locks::{LockError, OfdLock};
-use crate::request::SnapshotCreate;
+use crate::request::{BlockCommit, SnapshotCreate};
 
 /// Something that cannot be done to a VM that does not run.
 #[derive(Debug, Error)]
@@ -52,6 +53,8 @@ pub enum StoppedError {
     Store(#[from] StoreError),
     #[error(transparent)]
     Overlay(#[from] OverlayError),
+    #[error(transparent)]
+    Commit(#[from] CommitError),
     #[error(transparent)]
     Tidy(#[from] TidyError),
     #[error(
@@ -200,10 +203,34 @@ impl StoppedVm {
     /// # Errors
     /// The names may be gone already; what could not be merged yet is merged by the next one.
     pub fn delete(&self, names: &[SnapshotName]) -> Result<(), StoppedError> {
+        let book = self.held.host.store().read()?;
+        self.forget(&book, names, Vec::new())
+    }
+
+    /// Commits layers of a disk into one below them. Gives the names of the snapshots that are lost.
+    ///
+    /// # Errors
+    /// As of a deletion, or something is in the way.
+    pub fn commit(&self, wish: &BlockCommit) -> Result<Vec<SnapshotName>, StoppedError> {
         let (store, vm) = (self.held.host.store(), &self.held.host.vm);
+        let placed = self.blueprint.layout.expect_device(&wish.id)?;
+        let top = placed.layers().into_iter().next().map(|layer| layer.path).unwrap_or_default();
         let book = store.read()?;
+        let commit = book.commit(vm, &placed.id, &top, wish)?;
+        self.lease(&placed.id, &top)?;
+        self.forget(&book, &commit.names, vec![commit.base])?;
+        Ok(commit.names)
+    }
+
+    /// Forgets snapshots, and shortens their chains and those on some bases.
+    fn forget(
+        &self,
+        book: &Book,
+        names: &[SnapshotName],
+        mut bases: Vec<String>,
+    ) -> Result<(), StoppedError> {
+        let (store, vm) = (self.held.host.store(), &self.held.host.vm);
         let snapshots = names.iter().filter_map(|name| book.snapshot(vm, name));
-        let mut bases: Vec<String> = Vec::new();
         for disk in snapshots.flat_map(|snapshot| &snapshot.disks) {
             let Some(chain) = book.chains.iter().find(|chain| chain.base == disk.base) else { continue };
             self.lease(&disk.id, &chain.top)?;

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use devices::host::Format;
 use thiserror::Error;
 
-use super::book::{Book, Overlay, SnapshotName};
+use super::book::{Book, Chain, Overlay, SnapshotName};
 use super::store::{Store, StoreError};
 use crate::folders::VmName;
 use crate::image::{self, ImageError};
@@ -56,6 +56,8 @@ pub struct Merge {
     pub format: Format,
     /// Overlays that stand on the one that goes.
     pub above: Vec<String>,
+    /// The chain as it is before.
+    pub chain: Chain,
 }
 
 impl Book {
@@ -113,6 +115,7 @@ impl Book {
                 into: into.to_owned(),
                 format,
                 above: above(&only.path).into_iter().map(|overlay| overlay.path.clone()).collect(),
+                chain: chain.clone(),
             })),
             _ => None,
         })
@@ -155,6 +158,13 @@ impl Book {
             }
         }
         self.dropped(&gone);
+    }
+
+    /// A layer that is written, and so no snapshot's state, was not merged after all.
+    pub fn not_merged(&mut self, merge: &Merge) {
+        self.making.retain(|making| making.path != merge.from);
+        self.chains.retain(|chain| chain.base != merge.chain.base);
+        self.chains.push(merge.chain.clone());
     }
 }
 

@@ -1,4 +1,8 @@
 //! A layer of a running disk's chain merged into the one below it, by a job of QEMU's that goes on when its owner dies.
+//!
+//! Where it is the layer that is written, the book says where the disk is from then on at the one moment at which both images show the same disk and no
+//! request of the guest is let through: when the job is `pending`. Whoever dies before leaves the disk on the upper image, whoever dies after that on
+//! the lower one. If it is the owner, the guest's requests to that disk wait for the next owner, which goes on from there.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +20,10 @@ use crate::injection::Steps;
 use crate::record::Entry;
 use crate::snapshot::StoreError;
 use crate::snapshot::tidy::Merge;
+use crate::suspend::turn;
+
+/// Names of the steps, in order; the two in the middle are of the layer that is written.
+pub const STEPS: &[&str] = &["record", "lease", "commit", "complete", "pivot", "book"];
 
 /// How often the job is looked at.
 const LOOK: Duration = Duration::from_millis(100);
@@ -43,7 +51,7 @@ impl Workshop {
         let begun = self.begin_merge(merging, steps).await;
         match begun {
             Ok(()) => self.finish_merge(merging, steps).await,
-            Err(error) => (self.settle_merge(merging).await.unwrap_or(None), Err(error)),
+            Err(error) => (self.settle_merge(merging).await.0, Err(error)),
         }
     }
 
@@ -63,59 +71,135 @@ impl Workshop {
         merging: &Merging,
         steps: &mut Steps,
     ) -> (Option<bool>, Result<(), StepError>) {
-        let waited = self.wait_for_job(&merging.lesser).await;
+        let waited = self.wait_for_job(merging, steps).await;
         let entered = steps.enter("book").map_err(StepError::from);
-        match self.settle_merge(merging).await {
-            Ok(done) => (done, waited.and(entered)),
-            Err(error) => (Some(true), Err(error)),
-        }
+        let (done, settled) = self.settle_merge(merging).await;
+        (done, waited.and(entered).and(settled))
     }
 
-    async fn wait_for_job(&self, lesser: &Lesser) -> Result<(), StepError> {
+    async fn wait_for_job(&mut self, merging: &Merging, steps: &mut Steps) -> Result<(), StepError> {
         let failed = |source| StepError::Qmp { command: "query-jobs", source };
+        let lesser = &merging.lesser;
+        let mut outcome = Ok(());
+        let mut is_asked = false;
         loop {
             let jobs = self.qmp.call("query-jobs", Value::Null).await.map_err(failed)?;
             let job =
                 jobs.as_array().into_iter().flatten().find(|job| job["id"].as_str() == Some(&lesser.job));
             // One that was dismissed already is over.
-            let Some(job) = job else { return Ok(()) };
-            if job["status"].as_str() == Some("concluded") {
-                let error = job["error"].as_str().map(str::to_owned);
-                self.undo(lesser.dismiss()).await?;
-                return error.map_or(Ok(()), |words| Err(StepError::Job { words }));
+            let Some(job) = job else { return outcome };
+            match job["status"].as_str() {
+                Some("ready") if outcome.is_ok() && !is_asked => {
+                    outcome = self.complete(lesser, steps).await;
+                    is_asked = true;
+                }
+                Some("pending") if outcome.is_ok() => outcome = self.pivot(merging, steps).await,
+                Some("concluded") => {
+                    let error = job["error"].as_str().map(str::to_owned);
+                    self.undo(lesser.dismiss()).await?;
+                    return outcome.and(error.map_or(Ok(()), |words| Err(StepError::Job { words })));
+                }
+                _ => {}
             }
             tokio::time::sleep(LOOK).await;
         }
     }
 
-    /// Finds out whether it is done; if so the nodes go, and the book learns of it, and the file goes. `None` if QEMU does not say.
-    async fn settle_merge(&mut self, merging: &Merging) -> Result<Option<bool>, StepError> {
-        let nodes = match self.qmp.call("query-named-block-nodes", Value::Null).await {
-            Ok(nodes) => nodes.as_array().cloned().unwrap_or_default(),
-            Err(error) => {
-                warn!(device = %merging.id, %error, "QEMU does not say what its disks stand on");
-                return Ok(None);
-            }
+    async fn complete(&mut self, lesser: &Lesser, steps: &mut Steps) -> Result<(), StepError> {
+        let completed = match steps.enter("complete") {
+            Ok(()) => self.call(lesser.complete()).await,
+            Err(injected) => Err(injected.into()),
         };
-        let is_done = merging.lesser.is_done(&nodes);
-        if is_done {
-            info!(device = %merging.id, from = merging.merge.from, into = merging.merge.into, "merged");
-            for call in merging.lesser.clear() {
-                self.undo(call).await?;
-            }
-            let (store, merge, vm) = (self.host.store(), merging.merge.clone(), self.host.vm.clone());
-            worker(move || {
-                store.change::<_, StoreError>(|book| {
-                    book.merged(&merge);
-                    Ok(())
-                })?;
-                store.sweep(&vm)
-            })
-            .await?;
-            let (host, placed) = (Arc::clone(&self.host), merging.lesser.placed.clone());
-            aside(move || host.give_back_but(&placed)).await?;
+        self.or_cancel(completed, lesser).await
+    }
+
+    /// Moves the device from the image that it writes to the one below, both of which show the same disk just now.
+    async fn pivot(&mut self, merging: &Merging, steps: &mut Steps) -> Result<(), StepError> {
+        let pivoted = self.try_pivot(merging, steps).await;
+        self.or_cancel(pivoted, &merging.lesser).await
+    }
+
+    async fn try_pivot(&mut self, merging: &Merging, steps: &mut Steps) -> Result<(), StepError> {
+        let stands_on = self.stands_on(merging).await?;
+        if !merging.lesser.is_seen(&stands_on) {
+            // Its I/O is held on another node, or was: the job knows nothing of what the guest wrote since.
+            return Err(StepError::Held(merging.id.clone()));
         }
+        let (store, merge) = (self.host.store(), merging.merge.clone());
+        worker(move || {
+            store.change::<_, StoreError>(|book| {
+                book.merged(&merge);
+                Ok(())
+            })
+        })
+        .await?;
+        steps.enter("pivot")?;
+        self.call(merging.lesser.finalize()).await
+    }
+
+    /// A job that cannot go on is given up: it ends, and its disk is as it was.
+    async fn or_cancel(&mut self, outcome: Result<(), StepError>, lesser: &Lesser) -> Result<(), StepError> {
+        if outcome.is_err() {
+            self.undo(lesser.cancel()).await?;
+        }
+        outcome
+    }
+
+    /// The node that the disk's device stands on.
+    async fn stands_on(&self, merging: &Merging) -> Result<String, StepError> {
+        let failed = |source| StepError::Qmp { command: "query-block", source };
+        let look = turn::look(&self.qmp).await.map_err(failed)?;
+        Ok(look.disks.get(&merging.id).map(|disk| disk.node.clone()).unwrap_or_default())
+    }
+
+    /// Finds out whether it is done; if so the nodes go, and the book learns of it, and the file goes. `None` if QEMU does not say.
+    async fn settle_merge(&mut self, merging: &Merging) -> (Option<bool>, Result<(), StepError>) {
+        let Some(is_done) = self.is_merged(merging).await else {
+            warn!(device = %merging.id, "it is not known what its disk stands on: the next owner finds out");
+            return (None, Ok(()));
+        };
+        let settled = if is_done { self.clear_merged(merging).await } else { self.take_back(merging).await };
         self.note(&Entry::Merged { done: is_done });
-        Ok(Some(is_done))
+        (Some(is_done), settled)
+    }
+
+    async fn clear_merged(&mut self, merging: &Merging) -> Result<(), StepError> {
+        info!(device = %merging.id, from = merging.merge.from, into = merging.merge.into, "merged");
+        for call in merging.lesser.clear() {
+            self.undo(call).await?;
+        }
+        let (store, merge, vm) = (self.host.store(), merging.merge.clone(), self.host.vm.clone());
+        worker(move || {
+            store.change::<_, StoreError>(|book| {
+                book.merged(&merge);
+                Ok(())
+            })?;
+            store.sweep(&vm)
+        })
+        .await?;
+        let (host, placed) = (Arc::clone(&self.host), merging.lesser.placed.clone());
+        aside(move || host.give_back_but(&placed)).await
+    }
+
+    /// The book may say already that it is done where the layer is written.
+    async fn take_back(&mut self, merging: &Merging) -> Result<(), StepError> {
+        if !merging.lesser.is_active() {
+            return Ok(());
+        }
+        let (store, merge) = (self.host.store(), merging.merge.clone());
+        worker(move || {
+            store.change::<_, StoreError>(|book| {
+                book.not_merged(&merge);
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    /// Whether QEMU has the disk on the image below; `None` if it does not say.
+    async fn is_merged(&self, merging: &Merging) -> Option<bool> {
+        let nodes = self.qmp.call("query-named-block-nodes", Value::Null).await.ok()?;
+        let stands_on = self.stands_on(merging).await.ok()?;
+        merging.lesser.is_done(nodes.as_array().map(Vec::as_slice).unwrap_or_default(), &stands_on)
     }
 }

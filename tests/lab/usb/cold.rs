@@ -1,6 +1,7 @@
 //! A stick that the guest has from its start: who else wants it, and what becomes of it when it is pulled from the host.
 
 use serde_json::{Value, json};
+use tests::events::Events;
 use tests::lab::host;
 use tests::lab::host::usb::{STICKS, Stick};
 use tests::lab::{inside, step};
@@ -35,17 +36,11 @@ fn a_vm_starts_with_a_stick_which_no_other_gets_and_which_is_pulled_and_plugged_
             let words = "migrate is refused: device stick is the USB device 0781:5567 of this host";
             refused(&output, 3, &[words]);
         });
-        let file = std::fs::File::create(scene.vm.path("events")).expect("made");
-        let mut events = scene.vm.command(&["events", "guest"]).stdout(file).spawn().expect("qvirt starts");
-        let heard =
-            |word: &str| std::fs::read_to_string(scene.vm.path("events")).expect("read").contains(word);
-        scene.vm.wait_for("somebody who follows the events", || heard("QVIRT_FOLLOWING"));
+        let events = Events::follow(&scene.vm, &[]);
         step("pulled and plugged in again", || pulled(&mut scene));
         step("a stick of another make on its port", || another_make(&mut scene));
-        // It is ours and not reaped.
-        events.kill().expect("it runs for ever");
-        events.wait().expect("it is our child");
-        told(&scene.vm, &["gone", "attached", "other", "attached"]);
+        told(&events, &["gone", "attached", "other", "attached"]);
+        drop(events);
         step("a twin on its port", || twin(&mut scene));
         step("by its port, pulled, and detached while it is gone", || detached_while_gone(&mut scene));
         scene.end();
@@ -118,8 +113,8 @@ fn pulled(scene: &mut Scene) {
 }
 
 /// What the events told of the stick, in this order; of what lasted no longer than a look there may be word or not.
-fn told(vm: &Vm, states: &[&str]) {
-    let text = std::fs::read_to_string(vm.path("events")).expect("read");
+fn told(events: &Events, states: &[&str]) {
+    let text = events.text();
     let mut lines = text.lines().filter(|line| line.contains("QVIRT_USB") && line.contains("stick"));
     for state in states {
         assert!(lines.any(|line| line.contains(&format!("state={state}"))), "no {state} in its turn: {text}");

@@ -68,15 +68,15 @@ impl Guest {
         }
     }
 
-    /// Runs a program without a shell; `on_output` gets its output as it comes, in pieces. Gives the exit status; at the deadline the
-    /// program is killed.
+    /// Runs a program without a shell; `on_output` gets its output as it comes, in pieces. Gives the exit status; at the deadline, or if no output comes for
+    /// as long as `silence`, the program is killed.
     pub fn run_streaming(
         &mut self,
         program: &str,
         args: &[&str],
         env: &[(&str, &str)],
         mut on_output: impl FnMut(&[u8]),
-        deadline: Duration,
+        (deadline, silence): (Duration, Duration),
     ) -> Result<i32, GuestError> {
         let program = Program {
             program: program.to_owned(),
@@ -84,7 +84,7 @@ impl Guest {
             env: env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
         };
         let running = self.begin_program(program)?;
-        self.attend(running, &mut on_output, deadline)
+        self.attend(running, &mut on_output, (deadline, silence))
     }
 
     /// Begins a shell script and does not wait for it; others may run meanwhile.
@@ -102,7 +102,8 @@ impl Guest {
     /// Waits for the end of what was begun; at the deadline it is killed.
     pub fn finish(&mut self, running: Running, deadline: Duration) -> Result<Output, GuestError> {
         let mut output = Vec::new();
-        let status = self.attend(running, &mut |piece| output.extend_from_slice(piece), deadline)?;
+        let status =
+            self.attend(running, &mut |piece| output.extend_from_slice(piece), (deadline, deadline))?;
         Ok(Output { status, stdout: String::from_utf8_lossy(&output).into_owned() })
     }
 
@@ -151,11 +152,11 @@ impl Guest {
         &mut self,
         mut running: Running,
         on_output: &mut dyn FnMut(&[u8]),
-        deadline: Duration,
+        (deadline, silence): (Duration, Duration),
     ) -> Result<i32, GuestError> {
         let until = Deadline::after(deadline);
         loop {
-            match self.reply(&mut running, until) {
+            match self.reply(&mut running, until.or_after(silence)) {
                 Ok(Reply::Output(piece)) => on_output(&piece),
                 Ok(Reply::End(status)) => {
                     self.cursor = self.cursor.max(running.cursor);

@@ -189,6 +189,11 @@ impl Deadline {
         Deadline { begin: Instant::now(), length }
     }
 
+    /// This one or one that comes so long after now, whichever is sooner.
+    pub(super) fn or_after(self, length: Duration) -> Deadline {
+        if self.left().is_some_and(|left| left > length) { Deadline::after(length) } else { self }
+    }
+
     /// None when it is over.
     fn left(self) -> Option<Duration> {
         self.length.checked_sub(self.begin.elapsed()).filter(|left| !left.is_zero())

@@ -18,8 +18,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::Pid;
 
-use super::INSIDE;
 use super::probe::{LAB_QEMU, Parts, Processor, parts};
+use super::{ALIVE, INSIDE};
 use crate::guest::{Guest, GuestError};
 use crate::qemu::{QemuVersion, images, profile_folder};
 
@@ -40,6 +40,8 @@ const FAILED: &str = "QVIRT-LAB-FAILED ";
 const QEMU_LOG: &str = "qemu";
 /// How long the logs of a failed test may take to come.
 const LOGS: Duration = Duration::from_secs(30);
+/// How long a test in the lab may print nothing, not even [`ALIVE`]: the lab host stands still then.
+const SILENCE: Duration = Duration::from_secs(90);
 /// How many of the console's last lines an error shows.
 const TAIL: usize = 30;
 /// How many lines of a panic an error repeats.
@@ -148,10 +150,11 @@ impl Lab {
         let command = [&program.display().to_string(), test, "--exact", "--nocapture", "--test-threads=1"];
         let mut printed = String::new();
         let mut show = |text: &str| {
+            let text = text.replace(ALIVE, "");
             print!("{text}");
-            printed.push_str(text);
+            printed.push_str(&text);
         };
-        let reason = match self.run(&command, &mut show, deadline) {
+        let reason = match self.run(&command, &mut show, (deadline, SILENCE)) {
             // A filter that finds no test succeeds as well.
             Ok(0) if printed.contains("test result: ok. 1 passed") => return Ok(()),
             Ok(0) => format!("the lab ran no test of the name {test}"),
@@ -167,21 +170,21 @@ impl Lab {
     fn show_logs(&mut self) {
         let lab = profile_folder().join("lab").display().to_string();
         let mut show = |text: &str| print!("{text}");
-        if let Err(e) = self.run(&[&lab, "logs"], &mut show, LOGS) {
+        if let Err(e) = self.run(&[&lab, "logs"], &mut show, (LOGS, LOGS)) {
             println!("the lab's logs could not be had: {e}");
         }
     }
 
-    /// Runs a program as root in the lab host; gives its exit status.
+    /// Runs a program as root in the lab host; gives its exit status. The deadlines are those of [`Guest::run_streaming`].
     pub(super) fn run(
         &mut self,
         command: &[&str],
         on_output: &mut dyn FnMut(&str),
-        deadline: Duration,
+        deadlines: (Duration, Duration),
     ) -> Result<i32, LabError> {
         let (program, arguments) = command.split_first().expect("a command has a program");
         let show = |piece: &[u8]| on_output(&String::from_utf8_lossy(piece));
-        let status = self.agent.run_streaming(program, arguments, &[(INSIDE, "1")], show, deadline);
+        let status = self.agent.run_streaming(program, arguments, &[(INSIDE, "1")], show, deadlines);
         status.map_err(|e| LabError::Test {
             reason: e.reason().to_owned(),
             console: self.process.console.clone(),
@@ -378,7 +381,7 @@ fn command(parts: &Parts, console: &Path, line: &Line) -> Command {
         "none",
         "-no-reboot",
         "-smp",
-        "2",
+        parts.processor.count(),
         "-m",
         "4096",
     ]);

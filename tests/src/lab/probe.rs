@@ -28,6 +28,17 @@ pub(super) enum Processor {
     Hardware,
 }
 
+impl Processor {
+    /// How many the lab host has, as QEMU reads it. Of two that are translated one waits for ever, now and then, for an interrupt from the other one or
+    /// from its own timer; a second one makes the tests faster by a tenth.
+    pub(super) fn count(self) -> &'static str {
+        match self {
+            Processor::Emulated => "1",
+            Processor::Hardware => "2",
+        }
+    }
+}
+
 /// What a lab host boots from.
 #[derive(Debug)]
 pub(super) struct Parts {

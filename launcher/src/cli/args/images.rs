@@ -1,5 +1,7 @@
 //! The words of `qvirt snapshot`, `block`, `job` and `chain`.
 
+use std::path::PathBuf;
+
 use clap::{Args, Subcommand};
 use devices::units::Size;
 
@@ -43,6 +45,9 @@ pub enum Snapshot {
         /// How much a running VM merges in a second at most: 20MiB
         #[arg(long)]
         speed: Option<Size>,
+        /// Print JSON: a line for each change of a job, then the names of what was deleted
+        #[arg(long)]
+        json: bool,
     },
     /// List the snapshots of a VM, the oldest first
     List {
@@ -69,6 +74,30 @@ pub enum Snapshot {
 
 #[derive(Debug, Subcommand)]
 pub enum Block {
+    /// Let layers that qvirt made go into the image below them, on which the disk stands then
+    ///
+    /// All of them, unless --top or --base name images. The guest may run: it sees nothing of it. What a snapshot kept is never destroyed unasked.
+    Commit {
+        /// The VM, or a VM file
+        vm: String,
+        /// The disk's id or target label
+        disk: String,
+        /// The uppermost layer that goes [default: the one that is written]
+        #[arg(long, value_name = "IMAGE")]
+        top: Option<PathBuf>,
+        /// The image that has it all then [default: the one that the config names]
+        #[arg(long, value_name = "IMAGE")]
+        base: Option<PathBuf>,
+        /// Delete the snapshots that it destroys
+        #[arg(long)]
+        delete_snapshots: bool,
+        /// How much a running VM merges in a second at most: 20MiB
+        #[arg(long)]
+        speed: Option<Size>,
+        /// Print JSON: a line for each change of a job, then the names of what was deleted
+        #[arg(long)]
+        json: bool,
+    },
     /// Give a disk more room; the guest sees it at once
     Resize {
         /// The VM

@@ -98,7 +98,7 @@ fn commands_run_at_once_stream_and_are_killed() {
         &["-c", script],
         &[("WORD", "first words")],
         |piece| pieces.push((begin.elapsed(), String::from_utf8_lossy(piece).into_owned())),
-        SCRIPT,
+        (SCRIPT, SCRIPT),
     );
     assert_eq!(status.expect("it ends"), 3);
     let said: Vec<&str> = pieces.iter().map(|(_, piece)| piece.as_str()).collect();
@@ -107,6 +107,9 @@ fn commands_run_at_once_stream_and_are_killed() {
         pieces[1].0 - pieces[0].0 > Duration::from_millis(500),
         "the first came when it was written: {pieces:?}"
     );
+    let silent = (SCRIPT, Duration::from_secs(1));
+    let silence = guest.run_streaming("sh", &["-c", "echo word; sleep 120"], &[], |_| {}, silent);
+    assert!(silence.expect_err("it says nothing any more").reason().starts_with("waited 1s in vain for"));
 
     let megabyte = guest.run("head -c 1000000 /dev/zero | tr '\\0' x").expect("a script").stdout;
     assert!(megabyte.len() == 1_000_000 && megabyte.bytes().all(|byte| byte == b'x'), "{}", megabyte.len());

@@ -1,4 +1,5 @@
-//! Snapshots that are forgotten while the VM runs, as the owner sees it: one job that merges what is of no use any more, layer by layer.
+//! Chains that become shorter while the VM runs, as the owner sees it: snapshots are forgotten, and one job merges what is of no use any more, layer
+//! by layer.
 
 use devices::units::Size;
 use devices::{Layout, Placed};
@@ -7,18 +8,28 @@ use tracing::{info, warn};
 
 use super::plug::{Job, Outcome};
 use super::{Finished, Owner, Reply, not_now};
+use crate::folders::VmName;
 use crate::injection::Steps;
 use crate::record::Stage;
-use crate::request::{Class, Failure, SnapshotDelete, chain};
+use crate::request::{BlockCommit, Class, Failure, SnapshotDelete, chain};
 use crate::snapshot::files::qemu_img;
 use crate::snapshot::tidy::{self, Merge, Task};
 use crate::snapshot::{Book, SnapshotName, Store, StoreError};
 use crate::work::merge::Merging;
 use crate::work::{StepError, Workshop};
 
+/// Who wants it.
+#[derive(Debug)]
+pub(super) enum Shrink {
+    /// Snapshots are to be forgotten.
+    Delete(SnapshotDelete),
+    /// Layers of a disk are to go into one below them.
+    Commit(BlockCommit),
+}
+
 /// What came of it.
 #[derive(Debug)]
-pub(super) struct Deleted {
+pub(super) struct Shrunk {
     /// Disks whose chains are shorter now.
     shorter: Vec<Placed>,
     outcome: Result<Value, Failure>,
@@ -27,34 +38,34 @@ pub(super) struct Deleted {
 }
 
 impl Owner {
-    /// Forgets snapshots.
-    pub(super) fn delete_snapshot(&mut self, wish: SnapshotDelete, reply: Reply) {
+    /// Makes chains shorter.
+    pub(super) fn shrink(&mut self, wish: Shrink, reply: Reply) {
         let moving = self.stages.iter().find(|(_, stage)| **stage != Stage::Present);
         let refusal = match moving {
             _ if self.farewell.is_ending() => {
-                Some(not_now("the VM is shutting down", "delete the snapshot when it has stopped"))
+                Some(not_now("the VM is shutting down", "ask for it when it has stopped"))
             }
             Some((id, _)) => Some(not_now(
                 &format!("device {id} comes or goes just now"),
-                "delete the snapshot when it is there, or gone",
+                "ask for it when it is there, or gone",
             )),
             None => None,
         };
         match refusal {
             Some(failure) => drop(reply.send(Err(failure))),
-            None => self.queue.push_back(Job::Delete(wish, reply)),
+            None => self.queue.push_back(Job::Shrink(wish, reply)),
         }
     }
 
     /// The layout stays as it is meanwhile: whoever changes it needs the workshop.
-    pub(super) fn begin_delete(&mut self, wish: SnapshotDelete, reply: Reply) {
+    pub(super) fn begin_shrink(&mut self, wish: Shrink, reply: Reply) {
         let Some(mut shop) = self.shop.take() else { return };
         let (layout, qemu_img) = (self.layout.clone(), qemu_img(&self.launch.binary));
         self.jobs.spawn(async move {
             let mut disks = Disks { layout, shorter: Vec::new() };
-            let outcome = delete(&mut disks, &wish, &mut shop, &qemu_img).await;
-            let deleted = Deleted { shorter: disks.shorter, outcome, reply: Some(reply) };
-            Finished::Work(shop, Outcome::Deleted(Box::new(deleted)))
+            let outcome = shrink(&mut disks, &wish, &mut shop, &qemu_img).await;
+            let shrunk = Shrunk { shorter: disks.shorter, outcome, reply: Some(reply) };
+            Finished::Work(shop, Outcome::Shrunk(Box::new(shrunk)))
         });
     }
 
@@ -65,25 +76,31 @@ impl Owner {
             let (done, outcome) = shop.finish_merge(&merging, &mut Steps::of("merge")).await;
             let shorter = if done == Some(true) { vec![merging.lesser.placed] } else { Vec::new() };
             let outcome = outcome.map(|()| Value::Null).map_err(|error| Failure::of(Class::Generic, &error));
-            Finished::Work(shop, Outcome::Deleted(Box::new(Deleted { shorter, outcome, reply: None })))
+            Finished::Work(shop, Outcome::Shrunk(Box::new(Shrunk { shorter, outcome, reply: None })))
         });
     }
 
-    pub(super) fn on_deleted(&mut self, deleted: Deleted) {
-        for placed in deleted.shorter {
+    pub(super) fn on_shrunk(&mut self, shrunk: Shrunk) {
+        for placed in shrunk.shorter {
             self.layout.replace(placed);
         }
+        // A job that ended took the node away on which disks stood while it went on.
+        for placed in self.layout.devices().to_vec() {
+            self.moved_to(&placed);
+        }
         self.look();
-        match (&deleted.outcome, &deleted.reply) {
+        match (&shrunk.outcome, &shrunk.reply) {
             (Ok(about), Some(_)) => {
-                info!(?about, "snapshots deleted");
-                self.announce("QVIRT_SNAPSHOT_DELETED", about.clone());
+                info!(?about, "chains are shorter");
+                if about["names"].as_array().is_some_and(|names| !names.is_empty()) {
+                    self.announce("QVIRT_SNAPSHOT_DELETED", about.clone());
+                }
             }
             (Err(error), None) => warn!(%error, "a merge that a former owner began did not end well"),
             _ => {}
         }
-        if let Some(reply) = deleted.reply {
-            let _ = reply.send(deleted.outcome);
+        if let Some(reply) = shrunk.reply {
+            let _ = reply.send(shrunk.outcome);
         }
     }
 }
@@ -112,24 +129,60 @@ impl Disks {
     }
 }
 
-async fn delete(
+/// What is to be done.
+struct Plan {
+    /// Whose failure it is, for people.
+    subject: String,
+    names: Vec<SnapshotName>,
+    bases: Vec<String>,
+    speed: Option<Size>,
+}
+
+impl Plan {
+    fn of(wish: &Shrink, book: &Book, vm: &VmName, layout: &Layout) -> Result<Plan, Failure> {
+        match wish {
+            Shrink::Delete(wish) => {
+                if book.snapshot(vm, &wish.name).is_none() {
+                    let words = format!("VM {vm} has no snapshot {}", wish.name);
+                    return Err(Failure::new(Class::DeviceNotFound, words));
+                }
+                let names =
+                    if wish.children { book.with_children(vm, &wish.name) } else { vec![wish.name.clone()] };
+                let bases = bases(book, vm, &names);
+                Ok(Plan { subject: format!("snapshot {}", wish.name), names, bases, speed: wish.speed })
+            }
+            Shrink::Commit(wish) => {
+                let placed = layout.expect_device(&wish.id);
+                let placed = placed.map_err(|error| Failure::of(Class::DeviceNotFound, &error))?;
+                let top = placed.layers().into_iter().next().map(|layer| layer.path).unwrap_or_default();
+                let commit = book.commit(vm, &placed.id, &top, wish);
+                let commit = commit.map_err(|error| Failure::of(Class::Refused, &error))?;
+                let mut bases = bases(book, vm, &commit.names);
+                bases.push(commit.base);
+                bases.dedup();
+                Ok(Plan {
+                    subject: format!("disk {}", placed.id),
+                    names: commit.names,
+                    bases,
+                    speed: wish.speed,
+                })
+            }
+        }
+    }
+}
+
+async fn shrink(
     disks: &mut Disks,
-    wish: &SnapshotDelete,
+    wish: &Shrink,
     shop: &mut Workshop,
     qemu_img: &std::path::Path,
 ) -> Result<Value, Failure> {
     let (store, vm) = (shop.host.store(), shop.host.vm.clone());
-    let failed = |error: &dyn std::error::Error| Failure::of(Class::Generic, error);
-    let book = store.read().map_err(|error| failed(&error))?;
-    if book.snapshot(&vm, &wish.name).is_none() {
-        let words = format!("VM {vm} has no snapshot {}", wish.name);
-        return Err(Failure::new(Class::DeviceNotFound, words));
-    }
-    let names = if wish.children { book.with_children(&vm, &wish.name) } else { vec![wish.name.clone()] };
-    let bases = bases(&book, &vm, &names);
+    let book = store.read().map_err(|error| Failure::of(Class::Generic, &error))?;
+    let Plan { subject, names, bases, speed } = Plan::of(wish, &book, &vm, &disks.layout)?;
     rehearse(disks, book, &vm, &names, &bases).map_err(|refusal| Failure::of(Class::Refused, &refusal))?;
     let mut steps = Steps::of("merge");
-    let speed = wish.speed.map(Size::as_bytes);
+    let speed = speed.map(Size::as_bytes);
     let mut go = async || -> Result<(), StepError> {
         steps.enter("forget")?;
         let (forgetful, forgotten, of) = (store.clone(), names.clone(), vm.clone());
@@ -147,20 +200,14 @@ async fn delete(
         }
         Ok(())
     };
-    match go().await {
-        Ok(()) => Ok(json!({"names": names})),
-        Err(error) => Err(Failure::new(
-            Class::Generic,
-            format!(
-                "snapshot {}: what was begun is left as it is, each disk is as it was: {}",
-                wish.name,
-                chain(&error)
-            ),
-        )),
-    }
+    go().await.map(|()| json!({"names": names})).map_err(|error| {
+        let words =
+            format!("{subject}: what was begun is left as it is, each disk is as it was: {}", chain(&error));
+        Failure::new(Class::Generic, words)
+    })
 }
 
-fn bases(book: &Book, vm: &crate::folders::VmName, names: &[SnapshotName]) -> Vec<String> {
+fn bases(book: &Book, vm: &VmName, names: &[SnapshotName]) -> Vec<String> {
     let snapshots = names.iter().filter_map(|name| book.snapshot(vm, name));
     let mut bases: Vec<String> =
         snapshots.flat_map(|snapshot| &snapshot.disks).map(|disk| disk.base.clone()).collect();
@@ -173,7 +220,7 @@ fn bases(book: &Book, vm: &crate::folders::VmName, names: &[SnapshotName]) -> Ve
 fn rehearse(
     disks: &Disks,
     mut book: Book,
-    vm: &crate::folders::VmName,
+    vm: &VmName,
     names: &[SnapshotName],
     bases: &[String],
 ) -> Result<(), devices::Refusal> {
