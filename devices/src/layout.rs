@@ -9,6 +9,7 @@ mod medium;
 mod merge;
 mod overlay;
 mod passthrough;
+mod pull;
 mod resize;
 mod shared;
 
@@ -19,8 +20,9 @@ use serde::{Deserialize, Serialize};
 pub use check::check_spec;
 use check::{check, hot_pluggable, needs, seat};
 pub use medium::NewMedium;
-pub use merge::Lesser;
+pub use merge::{Lesser, cancel, dismiss, finalize};
 pub use overlay::{is_on_top, take_snapshot, writable_disks};
+pub use pull::Pull;
 
 use crate::address::{Address, PciSeat};
 use crate::bdf::HostBdf;

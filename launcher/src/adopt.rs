@@ -141,7 +141,7 @@ pub async fn adopt(folders: &Folders, vm: &VmName) -> Result<(Born, bool), Adopt
             shop,
             layout,
             stages,
-            merging: memory.merging,
+            shortening: memory.shortening,
             faults: memory.faults,
             owner_lock,
             life: None,

@@ -247,7 +247,7 @@ impl Launching<'_> {
             shop,
             layout,
             stages,
-            merging: None,
+            shortening: None,
             faults: BTreeMap::new(),
             owner_lock,
             life: self.life.take(),

@@ -16,7 +16,7 @@ use crate::folders::{VmName, WriteError, write_volatile};
 use crate::notify::Notify;
 use crate::process::Identity;
 use crate::status::IoFault;
-use crate::work::merge::Merging;
+use crate::work::merge::Shortening;
 use crate::work::snapshot::Overlaying;
 
 /// Format of the record and of the journal's entries. A newer one is refused, older ones are read.
@@ -150,10 +150,10 @@ pub enum Entry {
         /// Whether they have them.
         kept: bool,
     },
-    /// A layer of a disk is about to be merged into the one below.
-    Merging(Box<Merging>),
+    /// The chain of a disk is about to become shorter.
+    Shortening(Box<Shortening>),
     /// It is, or will not be.
-    Merged {
+    Shortened {
         /// Whether it is.
         done: bool,
     },
@@ -186,8 +186,8 @@ pub struct Memory {
     pub media: BTreeMap<DeviceId, Placed>,
     /// Disks that will have overlays, of which it is not known whether they do.
     pub overlaying: Option<Overlaying>,
-    /// A merge of which it is not known whether it is done.
-    pub merging: Option<Merging>,
+    /// A chain of which it is not known whether it is shorter.
+    pub shortening: Option<Shortening>,
     /// I/O errors of devices.
     pub faults: BTreeMap<DeviceId, IoFault>,
 }
@@ -225,10 +225,10 @@ impl Memory {
                         known.into_iter().for_each(|(device, _)| *device = new.clone());
                     }
                 }
-                Entry::Merging(merging) => memory.merging = Some(*merging),
-                Entry::Merged { done } => {
-                    let merging = memory.merging.take().filter(|_| done);
-                    for placed in merging.into_iter().map(|merging| merging.lesser.placed) {
+                Entry::Shortening(shortening) => memory.shortening = Some(*shortening),
+                Entry::Shortened { done } => {
+                    let shortening = memory.shortening.take().filter(|_| done);
+                    for placed in shortening.iter().map(Shortening::placed) {
                         let known = memory.devices.iter_mut().find(|(device, _)| device.id == placed.id);
                         known.into_iter().for_each(|(device, _)| *device = placed.clone());
                     }
@@ -263,7 +263,7 @@ impl Memory {
             .chain(stages)
             .chain(self.media.values().map(|drive| Entry::Medium(Box::new(drive.clone()))))
             .chain(self.overlaying.iter().map(|overlaying| Entry::Overlay(Box::new(overlaying.clone()))))
-            .chain(self.merging.iter().map(|merging| Entry::Merging(Box::new(merging.clone()))))
+            .chain(self.shortening.iter().map(|shortening| Entry::Shortening(Box::new(shortening.clone()))))
             .chain(faults)
             .collect()
     }

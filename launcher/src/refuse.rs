@@ -77,6 +77,7 @@ impl Status {
             Request::Detach(detach) => ("detach", Obstacle::Disk(&detach.id)),
             Request::SnapshotCreate(_) => ("snapshot", Obstacle::Any),
             Request::BlockCommit(_) => ("block commit", Obstacle::Any),
+            Request::BlockPull(_) => ("block pull", Obstacle::Any),
             Request::BlockResize(_) => ("block resize", Obstacle::Any),
             Request::SnapshotDelete(_) => ("snapshot delete", Obstacle::Any),
             Request::Shutdown(_) => ("shutdown", Obstacle::Guest),

@@ -126,6 +126,23 @@ pub struct BlockCommit {
     pub speed: Option<Size>,
 }
 
+/// Arguments of `qvirt-block-pull`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct BlockPull {
+    /// Id or target label.
+    pub id: String,
+    /// The image on which the uppermost layer stands then; if it is not given, the one that the config names, or nothing if that is the uppermost layer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+    /// Whether to go on where there is no room for all that is pulled.
+    #[serde(default)]
+    pub sparse: bool,
+    /// How much is pulled in a second at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub speed: Option<Size>,
+}
+
 /// Arguments of `qvirt-block-resize`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -245,6 +262,8 @@ pub enum Request {
     SnapshotDelete(SnapshotDelete),
     /// `qvirt-block-commit`
     BlockCommit(BlockCommit),
+    /// `qvirt-block-pull`
+    BlockPull(BlockPull),
     /// `qvirt-block-resize`
     BlockResize(BlockResize),
     /// `qvirt-detach`
@@ -282,6 +301,7 @@ pub const COMMANDS: &[&str] = &[
     "qvirt-snapshot-create",
     "qvirt-snapshot-delete",
     "qvirt-block-commit",
+    "qvirt-block-pull",
     "qvirt-block-resize",
     "qvirt-detach",
     "qvirt-shutdown",
@@ -384,6 +404,7 @@ impl Request {
             "qvirt-snapshot-create" => arguments_of(name, arguments).map(Request::SnapshotCreate),
             "qvirt-snapshot-delete" => arguments_of(name, arguments).map(Request::SnapshotDelete),
             "qvirt-block-commit" => arguments_of(name, arguments).map(Request::BlockCommit),
+            "qvirt-block-pull" => arguments_of(name, arguments).map(Request::BlockPull),
             "qvirt-block-resize" => arguments_of(name, arguments).map(Request::BlockResize),
             "qvirt-detach" => arguments_of(name, arguments).map(Request::Detach),
             "qvirt-shutdown" => arguments_of(name, arguments).map(Request::Shutdown),

@@ -8,6 +8,7 @@
 mod media;
 pub mod merge;
 mod present;
+pub mod pull;
 pub mod snapshot;
 
 use std::collections::BTreeMap;

@@ -34,6 +34,12 @@ const COMMANDS: &[(&str, &[&str], &[&str])] = &[
         ],
         &[],
     ),
+    (
+        "block-stream",
+        &["job-id", "device", "base-node", "backing-file", "speed", "auto-finalize", "auto-dismiss"],
+        &[],
+    ),
+    ("blockdev-reopen", &["options"], &[]),
     ("block_resize", &["node-name", "size"], &[]),
     ("blockdev-close-tray", &["id"], &[]),
     ("blockdev-del", &["node-name"], &[]),

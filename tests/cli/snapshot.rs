@@ -243,7 +243,7 @@ fn room_for_what_the_guest_could_write() {
         let refused = vm.expect(3, &["snapshot", "create", vm_word, "one"]);
         let text = said(&vm, &refused.stderr);
         assert!(
-            text.starts_with("qvirt: no room: DIR/big.one.qcow2 may grow to ")
+            text.starts_with("qvirt: no room: DIR/big.one.qcow2 may take ")
                 && text.contains(" on the file system of DIR, which has ")
                 && text.ends_with(" left: free some, or take the risk with --sparse\n"),
             "{text}"
@@ -438,6 +438,89 @@ fn layers_are_committed() {
     assert_eq!(overlays(&vm), [""; 0], "both disks stand on the images that the config names");
     vm.end();
     assert!(now(&vm) == disks, "the disks are as they were");
+}
+
+/// The uppermost layer gets what others have, of a VM that does not run and of one that does; snapshots keep what they kept.
+#[test]
+fn layers_are_pulled() {
+    let vm = vm();
+    let target = file(&vm);
+    let at = |name: &str| vm.path(name).display().to_string();
+    let (first, base, other) = (at("data.s1.qcow2"), at("data.qcow2"), at("sys.img"));
+    refused(
+        &vm,
+        3,
+        &["block", "pull", &target, "data"],
+        "data: base = nothing is refused: the uppermost layer stands on it already, so there is nothing to pull",
+    );
+    let (disks, states) = five(&vm);
+    for words in [["--base", &other], ["--base", &at("ro.img")]] {
+        refused(
+            &vm,
+            3,
+            &[&["block", "pull", &target, "data"][..], &words].concat(),
+            "disk data: a start from DIR/data.qcow2, which its config names, finds the disk by what stands on that image: pull no further than --base \
+             DIR/data.qcow2, or commit into it",
+        );
+    }
+    let is_as_before = |what: &str| {
+        assert!(now(&vm) == disks && chain::states(&vm) == states, "{what}");
+        chain::are_sound(&vm);
+        let check = vm.ok(&["chain", "check", &target]);
+        assert!(!check.contains("header"), "{what}: {check}");
+    };
+    assert_eq!(
+        said(&vm, &vm.ok(&["block", "pull", &target, "data", "--base", &first])),
+        "data of guest: its uppermost layer stands on DIR/data.s1.qcow2\n"
+    );
+    is_as_before("while it does not run");
+    start_paused(&vm);
+    let lines = vm.ok(&["block", "pull", "guest", "data", "--json"]);
+    let last: Value = serde_json::from_str(lines.lines().last().expect("a line")).expect("JSON");
+    assert_eq!(last, serde_json::json!({"id": "data", "base": base}));
+    let blocks = said(&vm, &vm.ok(&["blocks", "guest"]));
+    assert!(blocks.contains("DIR/data.s5.qcow2 <- DIR/data.qcow2\n"), "{blocks}");
+    refused(
+        &vm,
+        3,
+        &["block", "pull", "guest", "data"],
+        "data: base = DIR/data.qcow2 is refused: the uppermost layer stands on it already, so there is nothing to pull",
+    );
+    vm.end();
+    is_as_before("while it runs");
+    for name in ["s5", "s1", "s4", "s2", "s3"] {
+        vm.ok(&["snapshot", "delete", &target, name]);
+        assert!(now(&vm) == disks, "without {name}");
+        chain::are_sound(&vm);
+    }
+    assert_eq!(overlays(&vm), [""; 0]);
+    vm.nothing_left();
+}
+
+/// An image of the user's own that stands on another one comes to stand alone.
+#[test]
+fn an_image_is_made_to_stand_alone() {
+    let vm = vm();
+    let (template, target) = (vm.path("data.qcow2").display().to_string(), file(&vm));
+    let own = vm.path("own.qcow2").display().to_string();
+    chain::write(&vm, &template, "qcow2", 7, "64k 64k");
+    for running in [false, true] {
+        chain::qemu_img(&vm, &["create", "-q", "-f", "qcow2", "-b", &template, "-F", "qcow2", &own]);
+        edit(&vm, "data.qcow2", "own.qcow2");
+        let before = chain::view(&vm, &own, "qcow2");
+        if running {
+            start_paused(&vm);
+        }
+        let said = vm.ok(&["block", "pull", if running { "guest" } else { &target }, "data"]);
+        assert_eq!(said, "data of guest: its uppermost layer stands on nothing\n");
+        if running {
+            vm.end();
+        }
+        assert_eq!(launcher::image::backing_of(std::path::Path::new(&own)).expect("a header"), None);
+        assert!(chain::view(&vm, &own, "qcow2") == before, "the disk is what it was");
+        edit(&vm, "own.qcow2", "data.qcow2");
+    }
+    vm.nothing_left();
 }
 
 /// What a revert left, and a snapshot needs, stands on the image as well.

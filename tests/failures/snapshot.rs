@@ -136,26 +136,42 @@ fn each_step(version: QemuVersion, wish: Wish) {
     stage.end();
 }
 
-/// The merge that the journal knows of.
-fn merging(vm: &Vm) -> Option<launcher::work::merge::Merging> {
+/// The merge or pull that the journal knows of.
+fn shortening(vm: &Vm) -> Option<launcher::work::merge::Shortening> {
     let journal = vm.root().join("run/guest/journal");
     let entries = launcher::journal::read_only::<Entry>(&journal).expect("the journal is readable");
-    Memory::of(entries.map(|(_, entries)| entries).unwrap_or_default()).merging
+    Memory::of(entries.map(|(_, entries)| entries).unwrap_or_default()).shortening
+}
+
+/// Snapshots a and b of a VM that does not run, something being written before each and after them.
+fn two_snapshots(vm: &Vm, file: &str) {
+    let change = |byte: u8| {
+        for (image, format) in chain::tops(vm, file).values() {
+            chain::write(vm, image, format, byte, &format!("{}k 96k", u32::from(byte) * 64));
+        }
+    };
+    for (byte, name) in [(1, "a"), (2, "b")] {
+        change(byte);
+        vm.ok(&["snapshot", "create", file, name]);
+    }
+    change(3);
+}
+
+/// What the disks of a VM are that does not run.
+fn disks(vm: &Vm, file: &str) -> Vec<Vec<u8>> {
+    chain::tops(vm, file).values().map(|(image, format)| chain::view(vm, image, format)).collect()
 }
 
 /// Two snapshots of both disks, one of which is deleted while the VM runs: the first, and a layer goes into the base; or the second, and what is
 /// written goes into the layer below, on which the guest goes on.
 fn each_step_of_a_merge(version: QemuVersion, wish: Wish, gone: &str) {
     let stage = prepared(version);
-    assert_eq!(stage.start(&[]).code, 0);
-    let vm = &stage.vm;
+    let (vm, file) = (&stage.vm, stage.vm.config().display().to_string());
     let mut ends = 0;
     for number in 1..MANY {
-        stage.adopt(&[]);
-        vm.ok(&["snapshot", "create", "guest", "a"]);
-        vm.ok(&["snapshot", "create", "guest", "b"]);
-        let states = chain::states(vm);
-        stage.adopt(&[(wish.variable(), &format!("merge:{number}"))]);
+        two_snapshots(vm, &file);
+        let (states, before) = (chain::states(vm), disks(vm, &file));
+        assert_eq!(stage.start(&[(wish.variable(), &format!("merge:{number}"))]).code, 0);
         let qemu = vm.qemu_pid();
         let output = vm.qvirt(&["snapshot", "delete", "guest", gone]);
         let what = format!("step {number}: {output}");
@@ -171,7 +187,7 @@ fn each_step_of_a_merge(version: QemuVersion, wish: Wish, gone: &str) {
                 }
                 assert_eq!((output.code, stage.start(&[]).code), (4, 0), "{what}");
                 // What the former owner began, this one finishes beside whatever else happens.
-                vm.wait_for("the end of the merge", || merging(vm).is_none());
+                vm.wait_for("the end of the merge", || shortening(vm).is_none());
             }
         }
         chain::are_sound(vm);
@@ -183,21 +199,19 @@ fn each_step_of_a_merge(version: QemuVersion, wish: Wish, gone: &str) {
         assert_eq!(stage.start(&[]).code, 0, "{what}");
         vm.ok(&["kill", "guest"]);
         vm.nothing_left();
-        let file = vm.config().display().to_string();
+        assert!(disks(vm, &file) == before, "{what}: the disks are what they were");
         for name in ["a", "b"] {
             // The first name is gone but with the first step; either finishes what is left.
             vm.qvirt(&["snapshot", "delete", &file, name]);
         }
         assert!(overlays(&stage).is_empty(), "{what}: {:?}", overlays(&stage));
-        assert_eq!(stage.start(&[]).code, 0, "{what}");
         if output.code == 0 {
             break;
         }
         ends += 1;
     }
-    // forget; record, lease, commit and book for each disk, with complete and pivot where it is written.
-    assert_eq!(ends, if gone == "a" { 9 } else { 13 }, "steps");
-    stage.end();
+    // forget; record, lease, commit, flush and book for each disk; complete and pivot instead of the flush where it is written.
+    assert_eq!(ends, if gone == "a" { 11 } else { 13 }, "steps");
 }
 
 #[test]
@@ -228,6 +242,68 @@ fn merge_of_what_is_written_loses_its_owner_on_qemu_7_2() {
 #[test]
 fn merge_of_what_is_written_loses_both_on_qemu_10_0() {
     each_step_of_a_merge(QemuVersion::V10_0, Wish::BothDie, "b");
+}
+
+/// The layers of two snapshots between the one that is written and the base are pulled into it while the VM runs.
+fn each_step_of_a_pull(version: QemuVersion, wish: Wish) {
+    let stage = prepared(version);
+    let (vm, file) = (&stage.vm, stage.vm.config().display().to_string());
+    two_snapshots(vm, &file);
+    let (states, top) = (chain::states(vm), chain::tops(vm, &file)["data"].0.clone());
+    let disk = chain::view(vm, &top, "qcow2");
+    assert_eq!(stage.start(&[]).code, 0);
+    let mut ends = 0;
+    for number in 1..MANY {
+        stage.adopt(&[(wish.variable(), &format!("pull:{number}"))]);
+        let qemu = vm.qemu_pid();
+        let output = vm.qvirt(&["block", "pull", "guest", "data"]);
+        let what = format!("step {number}: {output}");
+        match wish {
+            _ if output.code == 0 => {}
+            Wish::Fails => assert_eq!(output.code, 1, "{what}"),
+            Wish::OwnerDies | Wish::BothDie => {
+                vm.wait_for("the owner's end", || vm.ok(&["list"]).contains("without an owner"));
+                if wish == Wish::BothDie {
+                    vm.kill_process(qemu);
+                    vm.ok(&["recover", "guest"]);
+                    vm.nothing_left();
+                }
+                assert_eq!((output.code, stage.start(&[]).code), (4, 0), "{what}");
+                vm.wait_for("the end of the pull", || shortening(vm).is_none());
+            }
+        }
+        chain::are_sound(vm);
+        assert!(chain::states(vm) == states && chain::view(vm, &top, "qcow2") == disk, "{what}");
+        let check = vm.ok(&["chain", "check", &file]);
+        assert!(!check.contains("data"), "{what}: {check}");
+        runs_on_them(&stage, &what);
+        if output.code == 0 || output.stderr.contains("nothing to pull") {
+            break;
+        }
+        ends += 1;
+        let blocks = vm.ok(&["blocks", "guest"]);
+        if blocks.contains("data.b.qcow2 <- ") && !blocks.contains("data.a.qcow2") {
+            // It was done already when its last step failed, or is done by the next owner.
+            break;
+        }
+    }
+    assert!(ends >= 4, "record, intent, stream, flush, book: {ends}");
+    stage.end();
+}
+
+#[test]
+fn pull_fails_on_qemu_7_2() {
+    each_step_of_a_pull(QemuVersion::V7_2, Wish::Fails);
+}
+
+#[test]
+fn pull_loses_its_owner_on_qemu_10_0() {
+    each_step_of_a_pull(QemuVersion::V10_0, Wish::OwnerDies);
+}
+
+#[test]
+fn pull_loses_both_on_qemu_7_2() {
+    each_step_of_a_pull(QemuVersion::V7_2, Wish::BothDie);
 }
 
 /// The same of a VM that does not run: whoever takes the snapshot is who dies.
@@ -269,9 +345,6 @@ fn each_step_stopped(version: QemuVersion, wish: Wish) {
 fn each_step_of_a_chain(wish: Wish) {
     let stage = prepared(QemuVersion::V7_2);
     let (vm, file) = (&stage.vm, stage.vm.config().display().to_string());
-    let disks = |vm: &Vm| -> Vec<Vec<u8>> {
-        chain::tops(vm, &file).values().map(|(image, format)| chain::view(vm, image, format)).collect()
-    };
     let run = |work: &str, number: u32, words: &[&str]| {
         let output = vm.qvirt_with(&[(wish.variable(), &format!("{work}:{number}"))], words);
         if output.code != 0 && wish != Wish::Fails {
@@ -293,18 +366,22 @@ fn each_step_of_a_chain(wish: Wish) {
             vm.ok(&["snapshot", "create", &file, name]);
             change(byte);
         }
-        let (before, mut states) = (disks(vm), chain::states(vm));
+        let (before, mut states) = (disks(vm, &file), chain::states(vm));
         let output = run("tidy", number, &["snapshot", "delete", &file, "a"]);
         if number > 1 {
             states.retain(|state, _| !state.starts_with('a'));
         }
-        assert!(disks(vm) == before && chain::states(vm) == states, "step {number}: {output}");
+        assert!(disks(vm, &file) == before && chain::states(vm) == states, "step {number}: {output}");
         // Whatever is deleted next finishes it.
         vm.ok(&["snapshot", "delete", &file, "b"]);
         if number == 1 {
             vm.ok(&["snapshot", "delete", &file, "a"]);
         }
-        assert!(overlays(&stage).is_empty() && disks(vm) == before, "step {number}: {:?}", overlays(&stage));
+        assert!(
+            overlays(&stage).is_empty() && disks(vm, &file) == before,
+            "step {number}: {:?}",
+            overlays(&stage)
+        );
         if output.code == 0 {
             break;
         }
@@ -313,16 +390,16 @@ fn each_step_of_a_chain(wish: Wish) {
     // forget; commit, rebase and book for each disk.
     assert_eq!(ends, 7, "steps");
 
-    let before = disks(vm);
+    let before = disks(vm, &file);
     vm.ok(&["snapshot", "create", &file, "s4"]);
     for (image, format) in chain::tops(vm, &file).values() {
         chain::write(vm, image, format, 4, "0 1M");
     }
-    let after = disks(vm);
+    let after = disks(vm, &file);
     for number in 1..MANY {
         let output = run("revert", number, &["snapshot", "revert", &file, "s4"]);
-        let is_back = disks(vm) == before;
-        assert!(is_back || disks(vm) == after, "step {number}: both disks or none: {output}");
+        let is_back = disks(vm, &file) == before;
+        assert!(is_back || disks(vm, &file) == after, "step {number}: both disks or none: {output}");
         if output.code == 0 {
             assert!(is_back && number == 5, "intent, two overlays, book: {number}");
             break;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use devices::disk::{Aio, Cache, Discard};
-use devices::layout::take_snapshot;
+use devices::layout::{cancel, dismiss, finalize, take_snapshot};
 use devices::retry::{AtTimeout, EngineWish, ErrorPolicy};
 use devices::spec::Numbers;
 use devices::topology::Topology;
@@ -161,7 +161,7 @@ fn snapshot(case: &Case, blueprint: &Blueprint) -> (Vec<Value>, String) {
         match new.without_layer(&frozen).expect("it can be merged") {
             Some(lesser) => {
                 text.push_str(&format!("# {frozen} merged into the one below it\n"));
-                [lesser.begin(Some(1 << 20)), lesser.dismiss()]
+                [lesser.begin(Some(1 << 20)), lesser.flush(), finalize(&lesser.job), dismiss(&lesser.job)]
                     .into_iter()
                     .for_each(|call| show(&mut text, call));
                 lesser.clear().for_each(|call| show(&mut text, call));
@@ -171,9 +171,22 @@ fn snapshot(case: &Case, blueprint: &Blueprint) -> (Vec<Value>, String) {
         }
         let written = new.layers().into_iter().next().expect("it has an overlay").path;
         let lesser = new.without_layer(&written).expect("it can be merged").expect("there is an image below");
+        let pull = new.pulled_onto(None).expect("it can be pulled");
+        text.push_str("# all pulled into what is written\n");
+        [Some(pull.begin(Some(1 << 20))), pull.flush()]
+            .into_iter()
+            .flatten()
+            .for_each(|call| show(&mut text, call));
+        pull.clear().for_each(|call| show(&mut text, call));
+        text.push_str(&format!("# then {}", headline(&pull.placed).trim_start_matches("# ")));
+        if let Some(base) = old.layers().into_iter().nth(1) {
+            let pull = new.pulled_onto(Some(&base.path)).expect("it can be pulled");
+            text.push_str(&format!("# what is above {} pulled into what is written\n", base.path));
+            show(&mut text, pull.begin(None));
+            pull.clear().for_each(|call| show(&mut text, call));
+        }
         text.push_str(&format!("# {written}, which is written, merged into the one below it\n"));
-        let steps =
-            [lesser.begin(None), lesser.complete(), lesser.finalize(), lesser.cancel(), lesser.dismiss()];
+        let steps = [lesser.begin(None), lesser.complete(), finalize(&lesser.job), cancel(&lesser.job)];
         steps.into_iter().for_each(|call| show(&mut text, call));
         lesser.clear().for_each(|call| show(&mut text, call));
         text.push_str(&format!("# then {}", headline(&lesser.placed).trim_start_matches("# ")));

@@ -9,6 +9,7 @@
 
 mod disks;
 mod forbidden;
+mod full;
 mod functions;
 mod host;
 mod images;

@@ -1,8 +1,5 @@
 //! Disks that retry, on storage that really fails: the guest's pattern never sees an error.
 
-use std::fs::File;
-use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use tests::lab::host::faulty::{Behaviour, FaultyDisk};
@@ -11,6 +8,8 @@ use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
 use tests::storm::Storm;
 use tests::vm::AGENT_CHANNEL;
+
+use crate::full::{Small, thin};
 
 #[test]
 fn device_mapper_fails_below_virtio_blk() {
@@ -67,30 +66,16 @@ fn a_proxy_dies(scene: &mut Scene, storage: &FaultyDisk, bus: &str) {
     storm.leaves(scene);
 }
 
-/// A file system of its own, unmounted with the value.
-struct Small(std::path::PathBuf);
-
-impl Drop for Small {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn a_full_file_system_is_an_outage_until_there_is_room() {
     inside(|| {
         let mut scene = step("boot", || Scene::boot(QemuVersion::V10_0, QUIET, AGENT_CHANNEL));
-        let small = Small(scene.vm.path("small"));
-        std::fs::create_dir(&small.0).expect("a folder");
-        let mounted =
-            Command::new("mount").args(["-t", "tmpfs", "-o", "size=12m", "small"]).arg(&small.0).status();
-        assert!(mounted.expect("mount runs").success(), "a small file system");
-        let (image, ballast) = (small.0.join("thin.img"), small.0.join("ballast"));
-        File::create(&image).and_then(|file| file.set_len(8 << 20)).expect("a thin image");
-        fill(&ballast, 8 << 20);
+        let small = Small::beside(&scene.vm);
+        let image = small.path("thin.img");
+        thin(&image);
+        small.fill();
         let wish = format!(
-            "path={},id=thin,serial=thin,on_error.write=retry,on_error.interval=200ms,on_error.engine=hold",
-            image.display()
+            "path={image},id=thin,serial=thin,on_error.write=retry,on_error.interval=200ms,on_error.engine=hold"
         );
         step("attach", || scene.attach(["--disk", &wish], "disk", "serial=thin"));
         let script =
@@ -101,16 +86,12 @@ fn a_full_file_system_is_an_outage_until_there_is_room() {
             scene.vm.wait_for("the disk to be suspended", || outage()["nospace"] == true);
             println!("{}", outage());
         });
-        std::fs::remove_file(&ballast).expect("room is made");
+        small.relieve();
         let output = scene.guest.finish(writer, Duration::from_secs(60)).expect("the writer ends");
         assert_eq!(output.status, 0, "the guest has seen no error: {output:?}");
         scene.vm.wait_for("the end of the outage", || outage().is_null());
         scene.end();
     });
-}
-
-fn fill(path: &Path, bytes: usize) {
-    std::fs::write(path, vec![0; bytes]).expect("the ballast is written");
 }
 
 mod soak {

@@ -15,9 +15,11 @@ on_both! {
 on_one! { 10.0:
     instant => two_disks_at_one_instant,
     larger => disks_that_get_more_room,
+    pulled => pulled_and_committed_under_the_guest,
 }
 
 on_one! { 7.2:
+    slowly => merged_slowly_under_the_guest,
     quiet => a_guest_that_is_frozen_is_thawed,
 }
 
@@ -93,6 +95,84 @@ fn deleted_under_the_guest(version: QemuVersion) {
     let verdict = scene.guest.pattern_verify(&storm.name).expect("a verdict");
     assert!(verdict.is_consistent(), "{verdict:#?}");
     scene.vm.ok(&["detach", "guest", "data", "--wait", "30s"]);
+    scene.end();
+}
+
+/// The layers of a disk that is written and verified all the time go into the uppermost one, and then that one into the base.
+fn pulled_and_committed_under_the_guest(version: QemuVersion) {
+    let mut scene = Scene::boot(version, QUIET, AGENT_CHANNEL);
+    let storm = Storm::begin(&mut scene, "data", "on_error.engine=hold");
+    for name in ["a", "b", "c"] {
+        scene.vm.ok(&["snapshot", "create", "guest", name]);
+        storm.is_unharmed(&mut scene, "after a snapshot");
+    }
+    let kept = states(&scene.vm);
+    let stands = |vm: &Vm, layers: usize, what: &str| {
+        let nodes = vm.qmp("query-named-block-nodes", &serde_json::json!({"flat": true}));
+        assert_eq!(nodes.as_array().map(Vec::len), Some(2 * layers), "{what}: {nodes:#}");
+        are_sound(vm);
+        print!("{}", vm.ok(&["blocks", "guest"]));
+    };
+    print!("{}", scene.vm.ok(&["block", "pull", "guest", "data"]));
+    storm.is_unharmed(&mut scene, "after a pull");
+    stands(&scene.vm, 2, "the top and the base");
+    assert!(states(&scene.vm) == kept, "what was kept is what it was");
+    for name in ["b", "c"] {
+        scene.vm.ok(&["snapshot", "delete", "guest", name]);
+    }
+    print!("{}", scene.vm.ok(&["block", "commit", "guest", "data", "--delete-snapshots", "--speed", "8MiB"]));
+    storm.is_unharmed(&mut scene, "after a commit");
+    stands(&scene.vm, 1, "the base alone");
+    let said = storm.drill(&scene, "1500ms", &[]);
+    println!("{said}");
+    storm.is_unharmed(&mut scene, "after an outage on the base");
+    storm.detach(&mut scene);
+    scene.end();
+}
+
+/// A layer that the guest writes all the time goes slowly, and meanwhile its storage is not to fail on purpose.
+fn merged_slowly_under_the_guest(version: QemuVersion) {
+    let mut scene = Scene::boot(version, QUIET, AGENT_CHANNEL);
+    let storm = Storm::begin(&mut scene, "data", "on_error.engine=hold");
+    scene.vm.ok(&["snapshot", "create", "guest", "a"]);
+    let rewritten = |report: &tests::guest::PatternReport| report.verified > 2000;
+    scene.guest.wait_pattern(&storm.name, "a disk full of the pattern", rewritten).expect("it goes on");
+    let mut command = scene.vm.command(&["snapshot", "delete", "guest", "a", "--speed", "64KiB", "--json"]);
+    let pipe = std::process::Stdio::piped;
+    let deletion = command.stdout(pipe()).stderr(pipe()).spawn().expect("qvirt starts");
+    scene.vm.wait_for("the job", || scene.vm.ok(&["jobs", "guest"]).contains("data-merge"));
+    print!("{}", scene.vm.ok(&["jobs", "guest"]));
+    let refused = scene.vm.expect(3, &["drill", "guest", "data", "--fail-for", "1s"]);
+    assert!(refused.stderr.contains("layers are being merged or pulled"), "{refused}");
+    for change in ["pause", "resume"] {
+        scene.vm.ok(&["job", change, "guest", "data-merge"]);
+    }
+    scene.vm.ok(&["qmp", "guest", "block-job-set-speed", r#"{"device": "data-merge", "speed": 0}"#]);
+    let output = tests::vm::finished(deletion);
+    assert_eq!(output.code, 0, "{output}");
+    let lines: Vec<serde_json::Value> =
+        output.stdout.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect();
+    let progress = |line: &serde_json::Value| line["current-progress"].as_u64();
+    let told: Vec<u64> = lines.iter().filter_map(progress).collect();
+    assert!(told.len() > 1 && told.is_sorted() && told[0] < told[told.len() - 1], "it goes on: {told:?}");
+    assert_eq!(lines.last(), Some(&serde_json::json!({"deleted": ["a"]})));
+    storm.is_unharmed(&mut scene, "on the base");
+
+    // Given up by a person, it leaves the disk as it is; `block commit` tries again.
+    scene.vm.ok(&["snapshot", "create", "guest", "b"]);
+    storm.is_unharmed(&mut scene, "after another snapshot");
+    let mut command = scene.vm.command(&["snapshot", "delete", "guest", "b", "--speed", "64KiB"]);
+    let deletion = command.stdout(pipe()).stderr(pipe()).spawn().expect("qvirt starts");
+    scene.vm.wait_for("the job", || scene.vm.ok(&["jobs", "guest"]).contains("data-merge"));
+    scene.vm.ok(&["job", "cancel", "guest", "data-merge"]);
+    let output = tests::vm::finished(deletion);
+    assert!(output.code == 1 && output.stderr.contains("QEMU's job failed: Operation cancel"), "{output}");
+    storm.is_unharmed(&mut scene, "on the layer that stayed");
+    assert!(scene.vm.ok(&["blocks", "guest"]).contains("data.b.qcow2 <- "), "it stands there");
+    print!("{}", scene.vm.ok(&["block", "commit", "guest", "data"]));
+    storm.is_unharmed(&mut scene, "on the base again");
+    are_sound(&scene.vm);
+    storm.detach(&mut scene);
     scene.end();
 }
 

@@ -1,5 +1,8 @@
 //! Chains of running disks with a layer less: the disk as it will be, and the commands that bring it there.
 //!
+//! QEMU changes the header above at the end, and may have in its memory still which clusters it copied where: whoever kills it then leaves a chain that
+//! lacks them. So the job waits at its end, the image is flushed, by opening it anew as it is, and then it may go on.
+//!
 //! The layer that is written goes by an active commit: QEMU keeps copying what the guest writes meanwhile, and is `ready` when it has caught up. Told
 //! to complete, it lets no request of the guest through, copies and flushes the rest, and is `pending`: both images show the same disk then,
 //! until it is told to go on, which moves the device onto the image below.
@@ -10,7 +13,32 @@ use serde_json::{Value, json};
 use super::Placed;
 use crate::host::{Access, HostNeed};
 use crate::refusal::Refusal;
-use crate::spec::{Backend, Call, Props};
+use crate::spec::{Backend, Call};
+
+/// The command that opens an image anew as it is, for writing, which flushes it.
+pub(super) fn flush(format_node: &Backend) -> Call {
+    let Backend::Blockdev(props) = format_node else {
+        return Call::new("blockdev-reopen", json!({"options": []}));
+    };
+    let mut options = props.clone();
+    options.remove("read-only");
+    Call::new("blockdev-reopen", json!({"options": [options]}))
+}
+
+/// The command that lets a job go on which waits at its end.
+pub fn finalize(job: &str) -> Call {
+    Call::new("job-finalize", json!({"id": job}))
+}
+
+/// The command that gives a job up.
+pub fn cancel(job: &str) -> Call {
+    Call::new("job-cancel", json!({"id": job}))
+}
+
+/// The command that makes QEMU forget a job that is over.
+pub fn dismiss(job: &str) -> Call {
+    Call::new("job-dismiss", json!({"id": job}))
+}
 
 /// A disk with a layer less.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,15 +54,19 @@ pub struct Lesser {
     filter: String,
     top: String,
     base: String,
+    /// The format node of the image that gets the data.
+    into: Backend,
     backing_file: String,
     gone: Vec<Backend>,
 }
 
-fn text<'a>(backend: &'a Backend, key: &str) -> &'a str {
-    let text = |props: &'a Props| props.get(key).and_then(Value::as_str);
+/// The name of a node.
+pub(super) fn node_name(backend: &Backend) -> String {
     match backend {
-        Backend::Blockdev(props) => text(props).unwrap_or_default(),
-        _ => "",
+        Backend::Blockdev(props) => {
+            props.get("node-name").and_then(Value::as_str).unwrap_or_default().to_owned()
+        }
+        _ => String::new(),
     }
 }
 
@@ -55,9 +87,9 @@ impl Placed {
         // Two nodes a layer, the bottom first: the file, then the format.
         let start = (layers.len() - 1 - depth) * 2;
         let gone: Vec<Backend> = placed.spec.backends.drain(start..start + 2).collect();
-        let name = |backend: &Backend| text(backend, "node-name").to_owned();
-        let base = name(&placed.spec.backends[start - 1]);
-        let above = placed.spec.backends.get(start + 1).map(name);
+        let base = node_name(&placed.spec.backends[start - 1]);
+        let into = placed.spec.backends[start - 1].clone();
+        let above = placed.spec.backends.get(start + 1).map(node_name);
         match placed.spec.backends.get_mut(start + 1) {
             Some(Backend::Blockdev(props)) => drop(props.insert("backing".to_owned(), base.clone().into())),
             _ => placed.write_to(&base, &below.path),
@@ -68,8 +100,9 @@ impl Placed {
             device: self.top_node().unwrap_or_default().to_owned(),
             above,
             filter: self.id.merge_node(),
-            top: name(&gone[1]),
+            top: node_name(&gone[1]),
             base,
+            into,
             backing_file: below.path.clone(),
             placed,
             gone,
@@ -102,14 +135,12 @@ impl Lesser {
             "device": self.device,
             "top-node": self.top,
             "base-node": self.base,
+            "auto-finalize": false,
             "auto-dismiss": false,
         });
         match self.above {
             Some(_) => arguments["backing-file"] = self.backing_file.clone().into(),
-            None => {
-                arguments["auto-finalize"] = false.into();
-                arguments["filter-node-name"] = self.filter.clone().into();
-            }
+            None => arguments["filter-node-name"] = self.filter.clone().into(),
         }
         if let Some(speed) = bytes_per_second {
             arguments["speed"] = speed.into();
@@ -127,19 +158,9 @@ impl Lesser {
         Call::new("job-complete", json!({"id": self.job}))
     }
 
-    /// The command that moves the device, when nothing is left to copy.
-    pub fn finalize(&self) -> Call {
-        Call::new("job-finalize", json!({"id": self.job}))
-    }
-
-    /// The command that gives it up.
-    pub fn cancel(&self) -> Call {
-        Call::new("job-cancel", json!({"id": self.job}))
-    }
-
-    /// The command that makes QEMU forget the job when it is over.
-    pub fn dismiss(&self) -> Call {
-        Call::new("job-dismiss", json!({"id": self.job}))
+    /// The command that flushes the image which gets the data.
+    pub fn flush(&self) -> Call {
+        flush(&self.into)
     }
 
     /// The commands that delete the nodes that nothing stands on any more.

@@ -11,7 +11,7 @@ use super::progress::follow;
 use super::snapshot::{is_live, say_deleted};
 use super::{Exit, Problem, target};
 use crate::folders::{Folders, VmName};
-use crate::request::{BlockCommit, BlockResize};
+use crate::request::{BlockCommit, BlockPull, BlockResize};
 use crate::snapshot::stopped::StoppedVm;
 
 /// `qvirt block`
@@ -20,6 +20,9 @@ pub async fn block(words: Block) -> Result<Exit, Problem> {
         Block::Commit { vm, disk, top, base, delete_snapshots, speed, json } => {
             let (top, base) = (image(top.as_deref())?, image(base.as_deref())?);
             commit(&vm, BlockCommit { id: disk, top, base, delete_snapshots, speed }, json).await
+        }
+        Block::Pull { vm, disk, base, sparse, speed, json } => {
+            pull(&vm, BlockPull { id: disk, base: image(base.as_deref())?, sparse, speed }, json).await
         }
         Block::Resize { vm, disk, size } => resize(&vm, &disk, size).await,
     }
@@ -56,6 +59,27 @@ async fn commit(target: &str, wish: BlockCommit, as_json: bool) -> Result<Exit, 
     say_deleted(&vm, &names);
     let below = wish.base.as_deref().unwrap_or("the image that its config names");
     println!("{} of {vm}: its layers went into {below}", wish.id);
+    Ok(Exit::Done)
+}
+
+async fn pull(target: &str, wish: BlockPull, as_json: bool) -> Result<Exit, Problem> {
+    let folders = Folders::find()?;
+    let vm = target::vm(&folders, target)?;
+    let base = if is_live(&folders, &vm)? {
+        let done = follow(&folders, &vm, "qvirt-block-pull", &wish, as_json).await?;
+        done["base"].as_str().map(str::to_owned)
+    } else {
+        let held = StoppedVm::hold(&folders, target::config(&folders, target)?).await?;
+        held.pull(&wish)?
+    };
+    if as_json {
+        println!("{}", json!({"id": wish.id, "base": base}));
+        return Ok(Exit::Done);
+    }
+    match base {
+        Some(base) => println!("{} of {vm}: its uppermost layer stands on {base}", wish.id),
+        None => println!("{} of {vm}: its uppermost layer stands on nothing", wish.id),
+    }
     Ok(Exit::Done)
 }
 

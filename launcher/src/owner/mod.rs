@@ -46,13 +46,13 @@ use crate::record::{Entry, Launch, Stage};
 use crate::request::{Class, Failure, Request};
 use crate::status::{Foreign, IoFault, Status, VmState};
 use crate::work::Workshop;
-use crate::work::merge::Merging;
+use crate::work::merge::Shortening;
 
 use describe::empty;
 pub use end::Ending;
 use end::Farewell;
 use plug::{Departure, Job};
-use shrink::Shrink;
+use shrink::{Merges, Shrink};
 use truth::Truth;
 
 /// A VM that runs, as a launch or an adoption hands it over.
@@ -72,8 +72,8 @@ pub struct Born {
     pub layout: Layout,
     /// Where each device is in its life.
     pub stages: BTreeMap<DeviceId, Stage>,
-    /// A merge that a former owner began.
-    pub merging: Option<Merging>,
+    /// A chain that a former owner began to make shorter.
+    pub shortening: Option<Shortening>,
     /// I/O errors that a former owner saw.
     pub faults: BTreeMap<DeviceId, IoFault>,
     /// Held as long as this process owns the VM.
@@ -117,6 +117,8 @@ pub struct Owner {
     events: Events,
     shop: Option<Box<Workshop>>,
     queue: VecDeque<Job>,
+    /// Whether the job at work makes chains shorter.
+    is_shrinking: bool,
     jobs: JoinSet<Finished>,
     layout: Layout,
     stages: BTreeMap<DeviceId, Stage>,
@@ -200,6 +202,7 @@ impl Owner {
             events: born.events,
             shop: Some(Box::new(born.shop)),
             queue: VecDeque::new(),
+            is_shrinking: false,
             jobs: JoinSet::new(),
             layout: born.layout,
             stages: born.stages,
@@ -233,7 +236,7 @@ impl Owner {
         owner
             .queue
             .extend(owner.departures.iter().filter(|(_, d)| !d.clearing).map(|(id, _)| Job::Ask(id.clone())));
-        owner.queue.extend(born.merging.map(|merging| Job::Merge(Box::new(merging))));
+        owner.queue.extend(born.shortening.map(|shortening| Job::Resume(Box::new(shortening))));
         // An attach that was interrupted may have left a controller that nobody uses.
         owner.dismiss_unused();
         owner.publish();
@@ -308,6 +311,7 @@ impl Owner {
             Request::SnapshotCreate(_) => Some("no snapshot is taken"),
             Request::SnapshotDelete(_) => Some("no snapshot is deleted"),
             Request::BlockCommit(_) => Some("nothing is committed"),
+            Request::BlockPull(_) => Some("nothing is pulled"),
             Request::BlockResize(_) => Some("no disk gets another size"),
             _ => None,
         };
@@ -327,8 +331,9 @@ impl Owner {
             }
             Request::Media(media) => self.media(media, reply),
             Request::SnapshotCreate(wish) => self.snapshot(wish, reply),
-            Request::SnapshotDelete(wish) => self.shrink(Shrink::Delete(wish), reply),
-            Request::BlockCommit(wish) => self.shrink(Shrink::Commit(wish), reply),
+            Request::SnapshotDelete(wish) => self.shrink(Shrink::Merge(Merges::Delete(wish)), reply),
+            Request::BlockCommit(wish) => self.shrink(Shrink::Merge(Merges::Commit(wish)), reply),
+            Request::BlockPull(wish) => self.shrink(Shrink::Pull(wish), reply),
             Request::BlockResize(wish) => self.queue.push_back(Job::Resize(wish, reply)),
             Request::Detach(detach) => self.detach_unused(detach, reply),
             Request::Shutdown(shutdown) => self.shut_down(&shutdown, reply),

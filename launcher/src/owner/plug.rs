@@ -23,7 +23,7 @@ use crate::request::{
     Attach, Attached, BlockResize, Class, Detach, Detached, Failure, Media, SnapshotCreate,
 };
 use crate::status::VmState;
-use crate::work::merge::Merging;
+use crate::work::merge::Shortening;
 use crate::work::{Asked, StepError, WorkError, Workshop, dry_run};
 use crate::{quirks, users};
 
@@ -42,8 +42,8 @@ pub(super) enum Job {
     Shrink(Shrink, Reply),
     /// Give a disk another size.
     Resize(BlockResize, Reply),
-    /// Go on with a merge that a former owner began.
-    Merge(Box<Merging>),
+    /// Go on with what a former owner began.
+    Resume(Box<Shortening>),
     /// Ask a device to leave.
     Ask(DeviceId),
     /// Clear up behind a device that is gone.
@@ -121,7 +121,7 @@ impl Owner {
                 Job::Snapshot(wish, reply) => self.begin_snapshot(wish, reply),
                 Job::Shrink(wish, reply) => self.begin_shrink(wish, reply),
                 Job::Resize(wish, reply) => self.resize(wish, reply),
-                Job::Merge(merging) => self.resume_merge(*merging),
+                Job::Resume(shortening) => self.resume(*shortening),
                 Job::Ask(id) => self.work(id, |mut shop, placed| async move {
                     let asked = shop.detach(&placed).await;
                     (shop, Outcome::Asked(placed.id, asked))

@@ -11,19 +11,30 @@ use super::{Finished, Owner, Reply, not_now};
 use crate::folders::VmName;
 use crate::injection::Steps;
 use crate::record::Stage;
-use crate::request::{BlockCommit, Class, Failure, SnapshotDelete, chain};
-use crate::snapshot::files::qemu_img;
+use crate::request::{BlockCommit, BlockPull, Class, Failure, SnapshotDelete, chain};
+use crate::snapshot::files::{check_pull_room, qemu_img};
 use crate::snapshot::tidy::{self, Merge, Task};
 use crate::snapshot::{Book, SnapshotName, Store, StoreError};
-use crate::work::merge::Merging;
+use crate::work::merge::{Merging, Shortening};
+use crate::work::pull::Pulling;
+use crate::work::snapshot::in_time;
 use crate::work::{StepError, Workshop};
 
-/// Who wants it.
+/// What is wanted.
 #[derive(Debug)]
 pub(super) enum Shrink {
-    /// Snapshots are to be forgotten.
+    /// Layers are to go into those below them.
+    Merge(Merges),
+    /// Layers of a disk are to go into the uppermost one.
+    Pull(BlockPull),
+}
+
+/// Which layers.
+#[derive(Debug)]
+pub(super) enum Merges {
+    /// Those of snapshots that are to be forgotten.
     Delete(SnapshotDelete),
-    /// Layers of a disk are to go into one below them.
+    /// Those of a disk.
     Commit(BlockCommit),
 }
 
@@ -60,27 +71,36 @@ impl Owner {
     /// The layout stays as it is meanwhile: whoever changes it needs the workshop.
     pub(super) fn begin_shrink(&mut self, wish: Shrink, reply: Reply) {
         let Some(mut shop) = self.shop.take() else { return };
+        self.is_shrinking = true;
         let (layout, qemu_img) = (self.layout.clone(), qemu_img(&self.launch.binary));
         self.jobs.spawn(async move {
             let mut disks = Disks { layout, shorter: Vec::new() };
-            let outcome = shrink(&mut disks, &wish, &mut shop, &qemu_img).await;
+            let outcome = match &wish {
+                Shrink::Pull(wish) => pull(&mut disks, wish, &mut shop).await,
+                Shrink::Merge(wish) => merge(&mut disks, wish, &mut shop, &qemu_img).await,
+            };
             let shrunk = Shrunk { shorter: disks.shorter, outcome, reply: Some(reply) };
             Finished::Work(shop, Outcome::Shrunk(Box::new(shrunk)))
         });
     }
 
-    /// Goes on with a merge that a former owner began.
-    pub(super) fn resume_merge(&mut self, merging: Merging) {
+    /// Goes on with what a former owner began.
+    pub(super) fn resume(&mut self, shortening: Shortening) {
         let Some(mut shop) = self.shop.take() else { return };
+        self.is_shrinking = true;
         self.jobs.spawn(async move {
-            let (done, outcome) = shop.finish_merge(&merging, &mut Steps::of("merge")).await;
-            let shorter = if done == Some(true) { vec![merging.lesser.placed] } else { Vec::new() };
+            let (done, outcome) = match &shortening {
+                Shortening::Merge(merging) => shop.finish_merge(merging, &mut Steps::of("merge")).await,
+                Shortening::Pull(pulling) => shop.finish_pull(pulling, &mut Steps::of("pull")).await,
+            };
+            let shorter = if done == Some(true) { vec![shortening.placed().clone()] } else { Vec::new() };
             let outcome = outcome.map(|()| Value::Null).map_err(|error| Failure::of(Class::Generic, &error));
             Finished::Work(shop, Outcome::Shrunk(Box::new(Shrunk { shorter, outcome, reply: None })))
         });
     }
 
     pub(super) fn on_shrunk(&mut self, shrunk: Shrunk) {
+        self.is_shrinking = false;
         for placed in shrunk.shorter {
             self.layout.replace(placed);
         }
@@ -96,7 +116,7 @@ impl Owner {
                     self.announce("QVIRT_SNAPSHOT_DELETED", about.clone());
                 }
             }
-            (Err(error), None) => warn!(%error, "a merge that a former owner began did not end well"),
+            (Err(error), None) => warn!(%error, "what a former owner began did not end well"),
             _ => {}
         }
         if let Some(reply) = shrunk.reply {
@@ -139,9 +159,9 @@ struct Plan {
 }
 
 impl Plan {
-    fn of(wish: &Shrink, book: &Book, vm: &VmName, layout: &Layout) -> Result<Plan, Failure> {
+    fn of(wish: &Merges, book: &Book, vm: &VmName, layout: &Layout) -> Result<Plan, Failure> {
         match wish {
-            Shrink::Delete(wish) => {
+            Merges::Delete(wish) => {
                 if book.snapshot(vm, &wish.name).is_none() {
                     let words = format!("VM {vm} has no snapshot {}", wish.name);
                     return Err(Failure::new(Class::DeviceNotFound, words));
@@ -151,7 +171,7 @@ impl Plan {
                 let bases = bases(book, vm, &names);
                 Ok(Plan { subject: format!("snapshot {}", wish.name), names, bases, speed: wish.speed })
             }
-            Shrink::Commit(wish) => {
+            Merges::Commit(wish) => {
                 let placed = layout.expect_device(&wish.id);
                 let placed = placed.map_err(|error| Failure::of(Class::DeviceNotFound, &error))?;
                 let top = placed.layers().into_iter().next().map(|layer| layer.path).unwrap_or_default();
@@ -171,9 +191,36 @@ impl Plan {
     }
 }
 
-async fn shrink(
+async fn pull(disks: &mut Disks, wish: &BlockPull, shop: &mut Workshop) -> Result<Value, Failure> {
+    let refused = |error: &dyn std::error::Error| Failure::of(Class::Refused, error);
+    let placed = disks.layout.expect_device(&wish.id);
+    let placed = placed.map_err(|error| Failure::of(Class::DeviceNotFound, &error))?.clone();
+    let book = shop.host.store().read().map_err(|error| Failure::of(Class::Generic, &error))?;
+    let layers = placed.layers();
+    let top = layers.first().map(|layer| layer.path.clone()).unwrap_or_default();
+    let base = book.pull(&placed.id, &top, wish.base.as_deref()).map_err(|error| refused(&error))?;
+    let depth = placed.layers_above(base.as_deref()).map_err(|error| refused(&error))?;
+    let pull = placed.pulled_onto(base.as_deref()).map_err(|error| refused(&error))?;
+    if !wish.sparse {
+        let checking = tokio::task::spawn_blocking(move || {
+            check_pull_room(&layers[..depth]).map_err(|error| Failure::of(Class::Refused, &error))
+        });
+        in_time(checking).await?;
+    }
+    let speed = wish.speed.map(Size::as_bytes);
+    let pulling = Pulling { id: placed.id.clone(), top, base, pull, speed };
+    let (done, outcome) = shop.pull(&pulling, &mut Steps::of("pull")).await;
+    if done == Some(true) {
+        disks.became(pulling.pull.placed);
+    }
+    outcome.map(|()| json!({"id": placed.id, "base": pulling.base})).map_err(|error| {
+        Failure::new(Class::Generic, format!("disk {} is as it was: {}", placed.id, chain(&error)))
+    })
+}
+
+async fn merge(
     disks: &mut Disks,
-    wish: &Shrink,
+    wish: &Merges,
     shop: &mut Workshop,
     qemu_img: &std::path::Path,
 ) -> Result<Value, Failure> {

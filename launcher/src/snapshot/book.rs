@@ -129,6 +129,9 @@ pub struct Overlay {
     /// Whether it goes as soon as nothing stands on it: it was a snapshot that is deleted, or was given up by a revert.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unwanted: bool,
+    /// Whether it is about to stand on another image: its header knows.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pulling: bool,
 }
 
 /// A snapshot of a VM.
@@ -287,6 +290,7 @@ impl Book {
                     vm: snapshot.vm.clone(),
                     snapshot: snapshot.name.clone(),
                     unwanted: false,
+                    pulling: false,
                 });
             }
             self.making.retain(|making| making.path != disk.overlay);
@@ -308,9 +312,30 @@ impl Book {
                     vm: snapshot.vm.clone(),
                     snapshot: snapshot.name.clone(),
                     unwanted: false,
+                    pulling: false,
                 });
             }
             self.making.retain(|making| making.path != *path);
+        }
+    }
+
+    /// An overlay is about to stand on another image, whose data it gets.
+    pub fn pulling(&mut self, path: &str) {
+        let overlays = self.chains.iter_mut().flat_map(|chain| &mut chain.overlays);
+        overlays.filter(|overlay| overlay.path == path).for_each(|overlay| overlay.pulling = true);
+    }
+
+    /// It stands on what it stood on.
+    pub fn not_pulled(&mut self, path: &str) {
+        let overlays = self.chains.iter_mut().flat_map(|chain| &mut chain.overlays);
+        overlays.filter(|overlay| overlay.path == path).for_each(|overlay| overlay.pulling = false);
+    }
+
+    /// It stands on that image now.
+    pub fn pulled(&mut self, path: &str, backing: &str) {
+        let overlays = self.chains.iter_mut().flat_map(|chain| &mut chain.overlays);
+        for overlay in overlays.filter(|overlay| overlay.path == path) {
+            (overlay.backing, overlay.pulling) = (backing.to_owned(), false);
         }
     }
 

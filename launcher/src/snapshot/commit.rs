@@ -25,6 +25,11 @@ pub enum CommitError {
         snapshots(.names)
     )]
     Snapshots { id: DeviceId, names: Vec<String> },
+    #[error(
+        "disk {id}: a start from {base}, which its config names, finds the disk by what stands on that image: pull no further than --base {base}, or commit \
+         into it"
+    )]
+    TooFar { id: DeviceId, base: String },
     #[error("disk {id}: overlay {above} stands on {image} as well, for {}: delete what it is for first", snapshots(.names))]
     Branch { id: DeviceId, above: String, image: String, names: Vec<String> },
 }
@@ -89,6 +94,19 @@ impl Book {
         let names: Vec<SnapshotName> = own.iter().map(|snapshot| snapshot.name.clone()).collect();
         self.clone().leaves_none(vm, id, &names, chain, &line[from..into])?;
         Ok(Commit { base: chain.base.clone(), names })
+    }
+
+    /// The image on which the uppermost layer of a disk, `top`, is to stand when others were pulled into it; none if on nothing.
+    ///
+    /// # Errors
+    /// Nobody would find the disk any more.
+    pub fn pull(&self, id: &DeviceId, top: &str, base: Option<&str>) -> Result<Option<String>, CommitError> {
+        let Some(chain) = self.chain_of_top(top) else { return Ok(base.map(str::to_owned)) };
+        let base = base.unwrap_or(&chain.base);
+        match line(chain, top).contains(&base) {
+            true => Ok(Some(base.to_owned())),
+            false => Err(CommitError::TooFar { id: id.clone(), base: chain.base.clone() }),
+        }
     }
 
     /// Whether layers are gone once snapshots are forgotten and all is merged that can be.

@@ -127,6 +127,8 @@ fn of_chain(book: &Book, chain: &Chain, id: &DeviceId, store: &Path, findings: &
         }
         match image::backing_of(path) {
             Ok(Some((below, _))) if below == overlay.backing => {}
+            // It is being pulled, or was: the next start looks.
+            Ok(Some(_)) if overlay.pulling => {}
             // A merge ended between its headers and the book.
             Ok(Some((below, _))) if merges_into(book, &chain.base, &overlay.backing, &below) => {}
             Ok(below) => {
@@ -171,6 +173,7 @@ fn of_unknown(book: &Book, vm: &VmName, disk: &NamedDisk, base: &str, findings: 
                 vm: vm.clone(),
                 snapshot: name,
                 unwanted: false,
+                pulling: false,
             });
         }
     }

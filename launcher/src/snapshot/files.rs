@@ -7,7 +7,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use devices::host::Format;
+use devices::host::{Format, Layer};
 use devices::units::Size;
 use thiserror::Error;
 
@@ -25,7 +25,7 @@ pub enum OverlayError {
     #[error("overlay {}: qemu-img failed: {words}", path.display())]
     QemuImg { path: PathBuf, words: String },
     #[error(
-        "no room: {what} may grow to {needed} on the file system of {}, which has {free} left: free some, or take the risk with --sparse",
+        "no room: {what} may take {needed} on the file system of {}, which has {free} left: free some, or take the risk with --sparse",
         folder.display()
     )]
     NoRoom { what: String, needed: Size, free: Size, folder: PathBuf },
@@ -73,17 +73,30 @@ pub fn check_room(overlays: &[NewOverlay]) -> Result<(), OverlayError> {
         *bytes = bytes.saturating_add(worst_case(overlay.size_bytes));
         names.push(overlay.path.display().to_string());
     }
-    for (bytes, folder, names) in needed.into_values() {
-        let stat = rustix::fs::statvfs(&folder)
-            .map_err(|error| OverlayError::Io { path: folder.clone(), source: error.into() })?;
-        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-        if free < bytes {
-            let round = |bytes: u64, up: u64| Size::bytes(((bytes + up) >> 20) << 20);
-            let (needed, free) = (round(bytes, (1 << 20) - 1), round(free, 0));
-            return Err(OverlayError::NoRoom { what: names.join(", "), needed, free, folder });
-        }
+    needed.into_values().try_for_each(|(bytes, folder, names)| has_room(folder, bytes, names.join(", ")))
+}
+
+/// Whether the uppermost of some layers can take all that the others have.
+///
+/// # Errors
+/// It cannot, or its folder cannot be looked at.
+pub fn check_pull_room(layers: &[Layer]) -> Result<(), OverlayError> {
+    let Some((top, below)) = layers.split_first() else { return Ok(()) };
+    let bytes = below.iter().filter_map(|layer| allocated_bytes(Path::new(&layer.path))).sum();
+    let folder = Path::new(&top.path).parent().unwrap_or(Path::new("/"));
+    has_room(folder.to_owned(), bytes, top.path.clone())
+}
+
+fn has_room(folder: PathBuf, bytes: u64, what: String) -> Result<(), OverlayError> {
+    let stat = rustix::fs::statvfs(&folder)
+        .map_err(|error| OverlayError::Io { path: folder.clone(), source: error.into() })?;
+    let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+    if free >= bytes {
+        return Ok(());
     }
-    Ok(())
+    let round = |bytes: u64, up: u64| Size::bytes(((bytes + up) >> 20) << 20);
+    let (needed, free) = (round(bytes, (1 << 20) - 1), round(free, 0));
+    Err(OverlayError::NoRoom { what, needed, free, folder })
 }
 
 /// Makes an overlay, empty, and returns once it would survive a power cut. A file that is there is left alone.

@@ -10,7 +10,7 @@ use tracing::warn;
 use super::book::{Book, Snapshot, SnapshotDisk, SnapshotName};
 use super::choose::{self, ChooseError};
 use super::commit::CommitError;
-use super::files::{self, NewOverlay, OverlayError, check_room, qemu_img};
+use super::files::{self, NewOverlay, OverlayError, check_pull_room, check_room, qemu_img};
 use super::store::StoreError;
 use super::tidy::{self, TidyError};
 use crate::adopt::{AdoptError, Life, life, recover};
@@ -23,7 +23,7 @@ use crate::injection::{Injected, Steps};
 use crate::launch::remove_folder;
 use crate::lease::{LeaseError, Leases};
 use crate::locks::{LockError, OfdLock};
-use crate::request::{BlockCommit, SnapshotCreate};
+use crate::request::{BlockCommit, BlockPull, SnapshotCreate};
 
 /// Something that cannot be done to a VM that does not run.
 #[derive(Debug, Error)]
@@ -220,6 +220,36 @@ impl StoppedVm {
         self.lease(&placed.id, &top)?;
         self.forget(&book, &commit.names, vec![commit.base])?;
         Ok(commit.names)
+    }
+
+    /// Pulls the data of a disk's layers into the uppermost one. Gives the image on which that stands then, if on any.
+    ///
+    /// # Errors
+    /// The disk is as it was.
+    pub fn pull(&self, wish: &BlockPull) -> Result<Option<String>, StoppedError> {
+        let store = self.held.host.store();
+        let placed = self.blueprint.layout.expect_device(&wish.id)?;
+        let layers = placed.layers();
+        let top = layers.first().map(|layer| layer.path.clone()).unwrap_or_default();
+        let base = store.read()?.pull(&placed.id, &top, wish.base.as_deref())?;
+        let depth = placed.layers_above(base.as_deref())?;
+        self.lease(&placed.id, &top)?;
+        if !wish.sparse {
+            check_pull_room(&layers[..depth])?;
+        }
+        let mut steps = Steps::of("pull");
+        steps.enter("intent")?;
+        store.change::<_, StoreError>(|book| {
+            book.pulling(&top);
+            Ok(())
+        })?;
+        steps.enter("rebase")?;
+        let pulled = tidy::pull_files(&top, layers.get(depth), &qemu_img(&self.blueprint.binary));
+        steps.enter("book")?;
+        // Also after a failure: the header knows.
+        store.sweep(&self.held.host.vm)?;
+        pulled?;
+        Ok(base)
     }
 
     /// Forgets snapshots, and shortens their chains and those on some bases.

@@ -13,6 +13,7 @@ use tracing::{info, warn};
 use super::book::{Book, FORMAT, Snapshot};
 use super::files;
 use crate::folders::{VmName, WriteError, write_durably};
+use crate::image;
 
 /// How long others may have the lock: each change is a small file.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -139,15 +140,20 @@ impl Store {
         self.sweep(&snapshot.vm)
     }
 
-    /// Removes the overlays that a VM was about to make when its owner died. The caller has the VM's owner lock, and no snapshot under way.
+    /// Removes the overlays that a VM was about to make when its owner died, and learns from their headers on what those stand that were pulled. The
+    /// caller has the VM's owner lock, and no snapshot under way.
     ///
     /// # Errors
     /// The book cannot be read or changed. A file that cannot be removed stays in the book.
     pub fn sweep(&self, vm: &VmName) -> Result<(), StoreError> {
-        if self.read()?.making.iter().all(|making| making.vm != *vm) {
+        let book = self.read()?;
+        let mut overlays = book.chains.iter().flat_map(|chain| &chain.overlays);
+        let is_pulled = overlays.any(|overlay| overlay.pulling && overlay.vm == *vm);
+        if !is_pulled && book.making.iter().all(|making| making.vm != *vm) {
             return Ok(());
         }
         self.change(|book| {
+            learn_backings(book, vm);
             let known = book.clone();
             book.making.retain(|making| {
                 if making.vm != *vm || known.overlay(&making.path).is_some() {
@@ -183,6 +189,23 @@ impl Store {
                 Err((_, error)) => return Err(failed("lock")(&path, error.into())),
             };
             std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+/// Of overlays that were being pulled.
+fn learn_backings(book: &mut Book, vm: &VmName) {
+    let overlays = book.chains.iter().flat_map(|chain| &chain.overlays);
+    let pulled: Vec<String> = overlays
+        .filter(|overlay| overlay.pulling && overlay.vm == *vm)
+        .map(|overlay| overlay.path.clone())
+        .collect();
+    for path in pulled {
+        match image::backing_of(Path::new(&path)) {
+            Ok(Some((backing, _))) => book.pulled(&path, &backing),
+            // `qvirt chain check` says so.
+            Ok(None) => warn!(%vm, path, "an overlay that stands on nothing"),
+            Err(error) => warn!(%vm, path, %error, "an overlay whose header cannot be read"),
         }
     }
 }

@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use devices::host::Format;
+use devices::host::{Format, Layer};
 use thiserror::Error;
 
 use super::book::{Book, Chain, Overlay, SnapshotName};
@@ -236,12 +236,28 @@ fn merge_files(merge: &Merge, qemu_img: &Path, steps: &mut Steps) -> Result<(), 
         let words = ["rebase", "-q", "-u", "-f", "qcow2", "-b", &merge.into, "-F", format, above];
         run(qemu_img, "rebase", &words, above)?;
     }
-    // The book is flushed, and what it says must be so after a power cut.
-    for path in merge.above.iter().chain([&merge.into]) {
-        let flushed = std::fs::File::open(path).and_then(|file| file.sync_all());
-        flushed.map_err(|source| ImageError::Read { path: path.into(), source })?;
+    merge.above.iter().chain([&merge.into]).try_for_each(|path| flush(path))
+}
+
+/// Puts all that is between an overlay and an image below, or nothing, into that overlay.
+pub(super) fn pull_files(top: &str, below: Option<&Layer>, qemu_img: &Path) -> Result<(), TidyError> {
+    let (below, format) = below.map_or(("", Format::Raw), |layer| (layer.path.as_str(), layer.format));
+    let mut words = vec!["rebase", "-q", "-f", "qcow2", "-b", below];
+    if !below.is_empty() {
+        words.extend(["-F", format.word()]);
     }
-    Ok(())
+    words.push(top);
+    run(qemu_img, "rebase", &words, top)?;
+    flush(top)
+}
+
+/// The book is flushed, and what it says must be so after a power cut.
+///
+/// # Errors
+/// The image cannot be opened or flushed.
+pub fn flush(path: &str) -> Result<(), TidyError> {
+    let flushed = std::fs::File::open(path).and_then(|file| file.sync_all());
+    Ok(flushed.map_err(|source| ImageError::Read { path: path.into(), source })?)
 }
 
 fn run(qemu_img: &Path, what: &'static str, words: &[&str], image: &str) -> Result<(), TidyError> {
@@ -269,7 +285,14 @@ mod tests {
 
     fn overlay(path: &str, backing: &str, snapshot: &str) -> Overlay {
         let snapshot = name(snapshot);
-        Overlay { path: path.into(), backing: backing.into(), vm: vm(), snapshot, unwanted: false }
+        Overlay {
+            path: path.into(),
+            backing: backing.into(),
+            vm: vm(),
+            snapshot,
+            unwanted: false,
+            pulling: false,
+        }
     }
 
     fn snapshot(text: &str, image: &str, overlay: &str, parent: Option<&str>) -> Snapshot {

@@ -102,6 +102,7 @@ mod tests {
             vm: "web".parse().expect("a name"),
             snapshot: "one".parse().expect("a name"),
             unwanted: false,
+            pulling: false,
         };
         let chain = Chain {
             base: path("gone.img"),

@@ -7,28 +7,50 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use devices::DeviceId;
 use devices::host::Access;
-use devices::layout::Lesser;
+use devices::layout::{Lesser, cancel, dismiss, finalize};
+use devices::spec::Call;
+use devices::{DeviceId, Placed};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::{info, warn};
 
+use super::pull::Pulling;
 use super::snapshot::worker;
 use super::{StepError, Workshop, aside};
 use crate::injection::Steps;
 use crate::record::Entry;
-use crate::snapshot::StoreError;
 use crate::snapshot::tidy::Merge;
+use crate::snapshot::{Book, StoreError};
 use crate::suspend::turn;
 
-/// Names of the steps, in order; the two in the middle are of the layer that is written.
-pub const STEPS: &[&str] = &["record", "lease", "commit", "complete", "pivot", "book"];
+/// Names of the steps, in order; `flush` is of layers that are frozen, `complete` and `pivot` of the one that is written.
+pub const STEPS: &[&str] = &["record", "lease", "commit", "flush", "complete", "pivot", "book"];
 
 /// How often the job is looked at.
-const LOOK: Duration = Duration::from_millis(100);
+pub(super) const LOOK: Duration = Duration::from_millis(100);
 
-/// A merge that is under way, as the journal has it.
+/// A chain that becomes shorter, as the journal has it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Shortening {
+    /// A layer goes into the one below.
+    Merge(Merging),
+    /// Layers go into the uppermost one.
+    Pull(Pulling),
+}
+
+impl Shortening {
+    /// The disk as it will be.
+    pub fn placed(&self) -> &Placed {
+        match self {
+            Shortening::Merge(merging) => &merging.lesser.placed,
+            Shortening::Pull(pulling) => &pulling.pull.placed,
+        }
+    }
+}
+
+/// A merge that is under way.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Merging {
     /// The disk.
@@ -57,7 +79,7 @@ impl Workshop {
 
     async fn begin_merge(&mut self, merging: &Merging, steps: &mut Steps) -> Result<(), StepError> {
         steps.enter("record")?;
-        self.journal.append(&Entry::Merging(Box::new(merging.clone())))?;
+        self.journal.append(&Entry::Shortening(Box::new(Shortening::Merge(merging.clone()))))?;
         steps.enter("lease")?;
         let (host, id, into) = (Arc::clone(&self.host), merging.id.clone(), merging.merge.into.clone());
         aside(move || host.lease(&id, &into, Access::Write)).await?;
@@ -78,31 +100,58 @@ impl Workshop {
     }
 
     async fn wait_for_job(&mut self, merging: &Merging, steps: &mut Steps) -> Result<(), StepError> {
-        let failed = |source| StepError::Qmp { command: "query-jobs", source };
         let lesser = &merging.lesser;
         let mut outcome = Ok(());
         let mut is_asked = false;
         loop {
-            let jobs = self.qmp.call("query-jobs", Value::Null).await.map_err(failed)?;
-            let job =
-                jobs.as_array().into_iter().flatten().find(|job| job["id"].as_str() == Some(&lesser.job));
             // One that was dismissed already is over.
-            let Some(job) = job else { return outcome };
+            let Some(job) = self.job(&lesser.job).await? else { return outcome };
             match job["status"].as_str() {
                 Some("ready") if outcome.is_ok() && !is_asked => {
                     outcome = self.complete(lesser, steps).await;
                     is_asked = true;
                 }
-                Some("pending") if outcome.is_ok() => outcome = self.pivot(merging, steps).await,
-                Some("concluded") => {
-                    let error = job["error"].as_str().map(str::to_owned);
-                    self.undo(lesser.dismiss()).await?;
-                    return outcome.and(error.map_or(Ok(()), |words| Err(StepError::Job { words })));
+                Some("pending") if outcome.is_ok() => {
+                    let ended = if lesser.is_active() {
+                        self.pivot(merging, steps).await
+                    } else {
+                        self.flush_and_finalize(Some(lesser.flush()), &lesser.job, steps).await
+                    };
+                    outcome = self.or_cancel(ended, &lesser.job).await;
                 }
+                Some("concluded") => return outcome.and(self.conclude(&job).await),
                 _ => {}
             }
             tokio::time::sleep(LOOK).await;
         }
+    }
+
+    /// A job of QEMU's, if it has one of that id.
+    pub(super) async fn job(&self, id: &str) -> Result<Option<Value>, StepError> {
+        let failed = |source| StepError::Qmp { command: "query-jobs", source };
+        let jobs = self.qmp.call("query-jobs", Value::Null).await.map_err(failed)?;
+        Ok(jobs.as_array().into_iter().flatten().find(|job| job["id"].as_str() == Some(id)).cloned())
+    }
+
+    /// Lets QEMU forget a job that is over; says what it failed of.
+    pub(super) async fn conclude(&mut self, job: &Value) -> Result<(), StepError> {
+        self.undo(dismiss(job["id"].as_str().unwrap_or_default())).await?;
+        job["error"].as_str().map_or(Ok(()), |words| Err(StepError::Job { words: words.to_owned() }))
+    }
+
+    /// Changes the book.
+    pub(super) async fn book(
+        &self,
+        change: impl FnOnce(&mut Book) + Send + 'static,
+    ) -> Result<(), StepError> {
+        let store = self.host.store();
+        worker(move || {
+            store.change::<_, StoreError>(|book| {
+                change(book);
+                Ok(())
+            })
+        })
+        .await
     }
 
     async fn complete(&mut self, lesser: &Lesser, steps: &mut Steps) -> Result<(), StepError> {
@@ -110,37 +159,44 @@ impl Workshop {
             Ok(()) => self.call(lesser.complete()).await,
             Err(injected) => Err(injected.into()),
         };
-        self.or_cancel(completed, lesser).await
+        self.or_cancel(completed, &lesser.job).await
     }
 
-    /// Moves the device from the image that it writes to the one below, both of which show the same disk just now.
+    /// Lets a job change a header once what it copied is on its storage.
+    pub(super) async fn flush_and_finalize(
+        &mut self,
+        flush: Option<Call>,
+        job: &str,
+        steps: &mut Steps,
+    ) -> Result<(), StepError> {
+        steps.enter("flush")?;
+        if let Some(flush) = flush {
+            self.call(flush).await?;
+        }
+        self.call(finalize(job)).await
+    }
+
+    /// Moves the device from the image that it writes to the one below, both of which show the same disk just now, and are flushed.
     async fn pivot(&mut self, merging: &Merging, steps: &mut Steps) -> Result<(), StepError> {
-        let pivoted = self.try_pivot(merging, steps).await;
-        self.or_cancel(pivoted, &merging.lesser).await
-    }
-
-    async fn try_pivot(&mut self, merging: &Merging, steps: &mut Steps) -> Result<(), StepError> {
         let stands_on = self.stands_on(merging).await?;
         if !merging.lesser.is_seen(&stands_on) {
             // Its I/O is held on another node, or was: the job knows nothing of what the guest wrote since.
             return Err(StepError::Held(merging.id.clone()));
         }
-        let (store, merge) = (self.host.store(), merging.merge.clone());
-        worker(move || {
-            store.change::<_, StoreError>(|book| {
-                book.merged(&merge);
-                Ok(())
-            })
-        })
-        .await?;
+        let merge = merging.merge.clone();
+        self.book(move |book| book.merged(&merge)).await?;
         steps.enter("pivot")?;
-        self.call(merging.lesser.finalize()).await
+        self.call(finalize(&merging.lesser.job)).await
     }
 
     /// A job that cannot go on is given up: it ends, and its disk is as it was.
-    async fn or_cancel(&mut self, outcome: Result<(), StepError>, lesser: &Lesser) -> Result<(), StepError> {
+    pub(super) async fn or_cancel(
+        &mut self,
+        outcome: Result<(), StepError>,
+        job: &str,
+    ) -> Result<(), StepError> {
         if outcome.is_err() {
-            self.undo(lesser.cancel()).await?;
+            self.undo(cancel(job)).await?;
         }
         outcome
     }
@@ -159,7 +215,7 @@ impl Workshop {
             return (None, Ok(()));
         };
         let settled = if is_done { self.clear_merged(merging).await } else { self.take_back(merging).await };
-        self.note(&Entry::Merged { done: is_done });
+        self.note(&Entry::Shortened { done: is_done });
         (Some(is_done), settled)
     }
 
@@ -169,14 +225,8 @@ impl Workshop {
             self.undo(call).await?;
         }
         let (store, merge, vm) = (self.host.store(), merging.merge.clone(), self.host.vm.clone());
-        worker(move || {
-            store.change::<_, StoreError>(|book| {
-                book.merged(&merge);
-                Ok(())
-            })?;
-            store.sweep(&vm)
-        })
-        .await?;
+        self.book(move |book| book.merged(&merge)).await?;
+        worker(move || store.sweep(&vm)).await?;
         let (host, placed) = (Arc::clone(&self.host), merging.lesser.placed.clone());
         aside(move || host.give_back_but(&placed)).await
     }
@@ -186,14 +236,8 @@ impl Workshop {
         if !merging.lesser.is_active() {
             return Ok(());
         }
-        let (store, merge) = (self.host.store(), merging.merge.clone());
-        worker(move || {
-            store.change::<_, StoreError>(|book| {
-                book.not_merged(&merge);
-                Ok(())
-            })
-        })
-        .await
+        let merge = merging.merge.clone();
+        self.book(move |book| book.not_merged(&merge)).await
     }
 
     /// Whether QEMU has the disk on the image below; `None` if it does not say.

@@ -98,6 +98,27 @@ pub enum Block {
         #[arg(long)]
         json: bool,
     },
+    /// Let the uppermost layer of a disk get what the layers below it have, down to an image on which it stands then
+    ///
+    /// The layers stay as they are: snapshots keep what they kept. The guest may run: it sees nothing of it.
+    Pull {
+        /// The VM, or a VM file
+        vm: String,
+        /// The disk's id or target label
+        disk: String,
+        /// The image on which it stands then [default: the one that the config names; none if that is the uppermost layer]
+        #[arg(long, value_name = "IMAGE")]
+        base: Option<PathBuf>,
+        /// Do not ask for room for all that is pulled
+        #[arg(long)]
+        sparse: bool,
+        /// How much a running VM pulls in a second at most: 20MiB
+        #[arg(long)]
+        speed: Option<Size>,
+        /// Print JSON: a line for each change of a job, then the disk and what it stands on
+        #[arg(long)]
+        json: bool,
+    },
     /// Give a disk more room; the guest sees it at once
     Resize {
         /// The VM

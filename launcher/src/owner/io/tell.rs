@@ -111,8 +111,13 @@ impl Owner {
     pub(in crate::owner) fn drill(&mut self, wanted: &Wanted, reply: Reply) {
         let Some((id, reply)) = self.retrying_disk(&wanted.id, reply) else { return };
         let number = self.io.drills + 1;
+        let is_shrinking = self.is_shrinking;
         let Some(disk) = self.io.disks.get_mut(&id) else { return };
         let refusal = match () {
+            // QEMU lets no other node write beside a job that does.
+            () if is_shrinking => {
+                Some("layers are being merged or pulled: `qvirt jobs` shows how far that is")
+            }
             () if disk.drill.is_some() => Some("a drill of it is under way: wait for its end"),
             () if disk.proxy.as_ref().is_some_and(|proxy| proxy.seen.is_none()) => {
                 Some("its io-proxy is being started: try again in a moment")
