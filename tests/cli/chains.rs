@@ -1,5 +1,8 @@
 //! `qvirt chain check`: what is wrong with chains of images, found and mended.
 
+use std::os::unix::fs::MetadataExt;
+use std::process::{Command, Stdio};
+
 use tests::chain;
 use tests::qemu::images;
 use tests::vm::Vm;
@@ -144,4 +147,57 @@ fn images_that_are_not_as_they_were() {
     vm.raw("sys.img", 4, "another");
     let replaced = check(&vm, 1, &[]);
     assert!(replaced.starts_with("sys: DIR/sys.img is another file than the one that its overlays were made on: put that one back; or,"), "{replaced}");
+}
+
+/// Whatever would use the chain says which image is in the way, and why; nothing is changed.
+#[test]
+fn a_layer_is_away_or_damaged_or_in_use() {
+    let vm = vm();
+    let (target, layer, kept) = (file(&vm), vm.path("sys.one.qcow2"), vm.path("kept"));
+    let (tops, states) = (chain::tops(&vm, &target), chain::states(&vm));
+    let each_says = |what: &str| {
+        for words in [
+            &["start", &target][..],
+            &["snapshot", "create", &target, "three"],
+            &["snapshot", "revert", &target, "one"],
+            &["snapshot", "delete", &target, "one"],
+            &["block", "commit", &target, "sys", "--delete-snapshots"],
+            &["block", "pull", &target, "sys"],
+        ] {
+            let output = vm.expect(2, words);
+            let text = said(&vm, &output.stderr);
+            assert!(text.contains(&format!("image DIR/sys.one.qcow2{what}")), "{words:?}: {text}");
+        }
+        let found = check(&vm, 1, &[]);
+        assert!(found.contains("sys.one.qcow2"), "{found}");
+        vm.nothing_left();
+    };
+    std::fs::rename(&layer, &kept).expect("renamed");
+    each_says(" cannot be opened: No such file or directory");
+    std::fs::write(&layer, "no image").expect("written");
+    each_says(": it is no qcow2 image");
+    std::fs::rename(&kept, &layer).expect("renamed");
+    is_fine(&vm);
+    assert!(chain::tops(&vm, &target) == tops && chain::states(&vm) == states, "all is as it was");
+
+    let mut other = Command::new(images().qemu_io(vm.version()));
+    other.args(["-f", "qcow2", "-c", "sleep 600000"]).arg(&layer).stdin(Stdio::null());
+    let mut other = other.spawn().expect("qemu-io starts");
+    let locks = || std::fs::read_to_string("/proc/locks").expect("read");
+    let inode = format!(":{} ", std::fs::metadata(&layer).expect("there").ino());
+    vm.wait_for("its lock", || locks().contains(&inode));
+    let output = vm.expect(1, &["snapshot", "delete", &target, "one"]);
+    // It is ours and not reaped.
+    other.kill().expect("it sleeps");
+    other.wait().expect("it is our child");
+    let text = said(&vm, &output.stderr);
+    assert!(
+        text.starts_with("qvirt: DIR/sys.one.qcow2: qemu-img commit failed, and the disk is as it was:")
+            && text.contains("Is another process using the image"),
+        "{text}"
+    );
+    assert!(chain::tops(&vm, &target) == tops, "the disks are as they were");
+    assert!(check(&vm, 1, &[]).contains("--repair would merge and remove it"), "what is left to do");
+    check(&vm, 0, &["--repair"]);
+    is_fine(&vm);
 }
