@@ -2,6 +2,7 @@
 //! on when nobody looks.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
@@ -29,14 +30,10 @@ pub async fn follow(
     // The first connection has an answer to wait for.
     let watch = connect(folders, vm).await?;
     let mut shown = Shown::new(as_json);
-    let mut tick = tokio::time::interval(LOOK);
-    let work = client.ask_for(LONG, command, wish);
-    tokio::pin!(work);
-    let outcome = loop {
-        tokio::select! {
-            outcome = &mut work => break outcome,
-            _ = tick.tick() => shown.show(&jobs(&watch).await),
-        }
+    let outcome = tokio::select! {
+        outcome = client.ask_for(LONG, command, wish) => outcome,
+        // QEMU may not answer while the owner does.
+        never = shown.watch(&watch) => match never {},
     };
     shown.bars.clear().unwrap_or_default();
     outcome
@@ -58,6 +55,14 @@ impl Shown {
     fn new(as_json: bool) -> Shown {
         // Where standard error is no terminal nothing is drawn.
         Shown { as_json, bars: MultiProgress::new(), of: BTreeMap::new() }
+    }
+
+    async fn watch(&mut self, client: &Client) -> Infallible {
+        let mut tick = tokio::time::interval(LOOK);
+        loop {
+            tick.tick().await;
+            self.show(&jobs(client).await);
+        }
     }
 
     fn show(&mut self, jobs: &[Value]) {
