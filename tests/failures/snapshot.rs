@@ -220,21 +220,6 @@ fn merge_fails_on_qemu_7_2() {
 }
 
 #[test]
-fn merge_loses_its_owner_on_qemu_10_0() {
-    each_step_of_a_merge(QemuVersion::V10_0, Wish::OwnerDies, "a");
-}
-
-#[test]
-fn merge_loses_both_on_qemu_7_2() {
-    each_step_of_a_merge(QemuVersion::V7_2, Wish::BothDie, "a");
-}
-
-#[test]
-fn merge_of_what_is_written_fails_on_qemu_10_0() {
-    each_step_of_a_merge(QemuVersion::V10_0, Wish::Fails, "b");
-}
-
-#[test]
 fn merge_of_what_is_written_loses_its_owner_on_qemu_7_2() {
     each_step_of_a_merge(QemuVersion::V7_2, Wish::OwnerDies, "b");
 }
@@ -289,16 +274,6 @@ fn each_step_of_a_pull(version: QemuVersion, wish: Wish) {
     }
     assert!(ends >= 4, "record, intent, stream, flush, book: {ends}");
     stage.end();
-}
-
-#[test]
-fn pull_fails_on_qemu_7_2() {
-    each_step_of_a_pull(QemuVersion::V7_2, Wish::Fails);
-}
-
-#[test]
-fn pull_loses_its_owner_on_qemu_10_0() {
-    each_step_of_a_pull(QemuVersion::V10_0, Wish::OwnerDies);
 }
 
 #[test]
@@ -457,4 +432,33 @@ fn stopped_vm_fails() {
 #[test]
 fn stopped_vm_dies() {
     each_step_stopped(QemuVersion::V10_0, Wish::OwnerDies);
+}
+
+mod soak {
+    use super::*;
+
+    #[test]
+    fn merge_loses_its_owner_on_qemu_10_0() {
+        each_step_of_a_merge(QemuVersion::V10_0, Wish::OwnerDies, "a");
+    }
+
+    #[test]
+    fn merge_loses_both_on_qemu_7_2() {
+        each_step_of_a_merge(QemuVersion::V7_2, Wish::BothDie, "a");
+    }
+
+    #[test]
+    fn merge_of_what_is_written_fails_on_qemu_10_0() {
+        each_step_of_a_merge(QemuVersion::V10_0, Wish::Fails, "b");
+    }
+
+    #[test]
+    fn pull_fails_on_qemu_7_2() {
+        each_step_of_a_pull(QemuVersion::V7_2, Wish::Fails);
+    }
+
+    #[test]
+    fn pull_loses_its_owner_on_qemu_10_0() {
+        each_step_of_a_pull(QemuVersion::V10_0, Wish::OwnerDies);
+    }
 }
