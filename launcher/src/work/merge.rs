@@ -11,6 +11,7 @@ use devices::host::Access;
 use devices::layout::{Lesser, cancel, dismiss, finalize};
 use devices::spec::Call;
 use devices::{DeviceId, Placed};
+use qmp_client::QmpError;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::{info, warn};
@@ -102,16 +103,17 @@ impl Workshop {
     async fn wait_for_job(&mut self, merging: &Merging, steps: &mut Steps) -> Result<(), StepError> {
         let lesser = &merging.lesser;
         let mut outcome = Ok(());
-        let mut is_asked = false;
+        let (mut is_asked, mut is_told) = (false, false);
         loop {
             // One that was dismissed already is over.
             let Some(job) = self.job(&lesser.job).await? else { return outcome };
             match job["status"].as_str() {
-                Some("ready") if outcome.is_ok() && !is_asked => {
-                    outcome = self.complete(lesser, steps).await;
+                Some("ready") if !is_asked => {
                     is_asked = true;
+                    outcome = self.complete(lesser, steps).await;
                 }
-                Some("pending") if outcome.is_ok() => {
+                Some("pending") if !is_told => {
+                    is_told = true;
                     let ended = if lesser.is_active() {
                         self.pivot(merging, steps).await
                     } else {
@@ -126,10 +128,16 @@ impl Workshop {
         }
     }
 
-    /// A job of QEMU's, if it has one of that id.
+    /// A job of QEMU's, if it has one of that id. While QEMU does not answer, for storage that hangs, say, the job is as it was: whoever gave up now would
+    /// leave it without anybody who ends it.
     pub(super) async fn job(&self, id: &str) -> Result<Option<Value>, StepError> {
         let failed = |source| StepError::Qmp { command: "query-jobs", source };
-        let jobs = self.qmp.call("query-jobs", Value::Null).await.map_err(failed)?;
+        let jobs = loop {
+            match self.qmp.call("query-jobs", Value::Null).await {
+                Err(QmpError::TimedOut { .. }) => {}
+                jobs => break jobs.map_err(failed)?,
+            }
+        };
         Ok(jobs.as_array().into_iter().flatten().find(|job| job["id"].as_str() == Some(id)).cloned())
     }
 

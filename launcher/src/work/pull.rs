@@ -72,11 +72,12 @@ impl Workshop {
     }
 
     async fn wait_for_pull(&mut self, pulling: &Pulling, steps: &mut Steps) -> Result<(), StepError> {
-        let mut outcome = Ok(());
+        let (mut outcome, mut is_told) = (Ok(()), false);
         // One that was dismissed already is over.
         while let Some(job) = self.job(&pulling.pull.job).await? {
             match job["status"].as_str() {
-                Some("pending") if outcome.is_ok() => {
+                Some("pending") if !is_told => {
+                    is_told = true;
                     let ended = self.flush_and_finalize(pulling.pull.flush(), &pulling.pull.job, steps).await;
                     outcome = self.or_cancel(ended, &pulling.pull.job).await;
                 }
