@@ -11,6 +11,7 @@ mod contract;
 mod existing;
 mod host;
 mod images;
+mod layers;
 mod lives;
 mod media;
 mod on_error;

@@ -8,7 +8,7 @@ use launcher::snapshot::Store;
 use launcher::work::snapshot::STEPS;
 use tests::chain;
 use tests::qemu::QemuVersion;
-use tests::vm::Vm;
+use tests::vm::{Output, Vm};
 
 use crate::stage::Stage;
 use crate::sweep::failed_step;
@@ -157,6 +157,25 @@ fn two_snapshots(vm: &Vm, file: &str) {
     change(3);
 }
 
+/// A merge or a pull ended as it was wished; whoever died has a successor, who has finished it beside whatever else happens.
+fn is_picked_up(stage: &Stage, wish: Wish, qemu: i32, output: &Output, what: &str) {
+    let vm = &stage.vm;
+    match wish {
+        _ if output.code == 0 => {}
+        Wish::Fails => assert_eq!(output.code, 1, "{what}"),
+        Wish::OwnerDies | Wish::BothDie => {
+            vm.wait_for("the owner's end", || vm.ok(&["list"]).contains("without an owner"));
+            if wish == Wish::BothDie {
+                vm.kill_process(qemu);
+                vm.ok(&["recover", "guest"]);
+                vm.nothing_left();
+            }
+            assert_eq!((output.code, stage.start(&[]).code), (4, 0), "{what}");
+            vm.wait_for("the end of the work", || shortening(vm).is_none());
+        }
+    }
+}
+
 /// What the disks of a VM are that does not run.
 fn disks(vm: &Vm, file: &str) -> Vec<Vec<u8>> {
     chain::tops(vm, file).values().map(|(image, format)| chain::view(vm, image, format)).collect()
@@ -175,21 +194,7 @@ fn each_step_of_a_merge(version: QemuVersion, wish: Wish, gone: &str) {
         let qemu = vm.qemu_pid();
         let output = vm.qvirt(&["snapshot", "delete", "guest", gone]);
         let what = format!("step {number}: {output}");
-        match wish {
-            _ if output.code == 0 => {}
-            Wish::Fails => assert_eq!(output.code, 1, "{what}"),
-            Wish::OwnerDies | Wish::BothDie => {
-                stage.vm.wait_for("the owner's end", || vm.ok(&["list"]).contains("without an owner"));
-                if wish == Wish::BothDie {
-                    vm.kill_process(qemu);
-                    vm.ok(&["recover", "guest"]);
-                    vm.nothing_left();
-                }
-                assert_eq!((output.code, stage.start(&[]).code), (4, 0), "{what}");
-                // What the former owner began, this one finishes beside whatever else happens.
-                vm.wait_for("the end of the merge", || shortening(vm).is_none());
-            }
-        }
+        is_picked_up(&stage, wish, qemu, &output, &what);
         chain::are_sound(vm);
         let now = chain::states(vm);
         assert!(now.iter().all(|(name, bytes)| states.get(name) == Some(bytes)), "{what}: {:?}", now.keys());
@@ -243,20 +248,7 @@ fn each_step_of_a_pull(version: QemuVersion, wish: Wish) {
         let qemu = vm.qemu_pid();
         let output = vm.qvirt(&["block", "pull", "guest", "data"]);
         let what = format!("step {number}: {output}");
-        match wish {
-            _ if output.code == 0 => {}
-            Wish::Fails => assert_eq!(output.code, 1, "{what}"),
-            Wish::OwnerDies | Wish::BothDie => {
-                vm.wait_for("the owner's end", || vm.ok(&["list"]).contains("without an owner"));
-                if wish == Wish::BothDie {
-                    vm.kill_process(qemu);
-                    vm.ok(&["recover", "guest"]);
-                    vm.nothing_left();
-                }
-                assert_eq!((output.code, stage.start(&[]).code), (4, 0), "{what}");
-                vm.wait_for("the end of the pull", || shortening(vm).is_none());
-            }
-        }
+        is_picked_up(&stage, wish, qemu, &output, &what);
         chain::are_sound(vm);
         assert!(chain::states(vm) == states && chain::view(vm, &top, "qcow2") == disk, "{what}");
         let check = vm.ok(&["chain", "check", &file]);
@@ -382,6 +374,25 @@ fn each_step_of_a_chain(wish: Wish) {
         assert!(!is_back, "step {number}: {output}");
     }
     assert!(overlays(&stage).len() == 4, "{:?}", overlays(&stage));
+
+    vm.ok(&["snapshot", "create", &file, "s5"]);
+    let (before, states) = (disks(vm, &file), chain::states(vm));
+    for number in 1..MANY {
+        let output = run("pull", number, &["block", "pull", &file, "data"]);
+        assert!(disks(vm, &file) == before && chain::states(vm) == states, "step {number}: {output}");
+        // The header was changed by the third step, and the next one knows.
+        let base = if number < 3 { "data.s4-2.qcow2" } else { "data.qcow2" };
+        let blocks = vm.ok(&["blocks", &file]);
+        assert!(
+            blocks.contains(&format!("data.s5.qcow2 <- {}", vm.path(base).display())),
+            "step {number}: {blocks}"
+        );
+        if number == 3 {
+            break;
+        }
+    }
+    let check = vm.qvirt(&["chain", "check", &file]).stdout;
+    assert!(!check.contains("header"), "{check}");
 }
 
 #[test]

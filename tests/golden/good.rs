@@ -173,10 +173,7 @@ fn snapshot(case: &Case, blueprint: &Blueprint) -> (Vec<Value>, String) {
         let lesser = new.without_layer(&written).expect("it can be merged").expect("there is an image below");
         let pull = new.pulled_onto(None).expect("it can be pulled");
         text.push_str("# all pulled into what is written\n");
-        [Some(pull.begin(Some(1 << 20))), pull.flush()]
-            .into_iter()
-            .flatten()
-            .for_each(|call| show(&mut text, call));
+        [pull.begin(Some(1 << 20)), pull.flush()].into_iter().for_each(|call| show(&mut text, call));
         pull.clear().for_each(|call| show(&mut text, call));
         text.push_str(&format!("# then {}", headline(&pull.placed).trim_start_matches("# ")));
         if let Some(base) = old.layers().into_iter().nth(1) {

@@ -13,14 +13,11 @@ use serde_json::{Value, json};
 use super::Placed;
 use crate::host::{Access, HostNeed};
 use crate::refusal::Refusal;
-use crate::spec::{Backend, Call};
+use crate::spec::{Backend, Call, Props};
 
 /// The command that opens an image anew as it is, for writing, which flushes it.
-pub(super) fn flush(format_node: &Backend) -> Call {
-    let Backend::Blockdev(props) = format_node else {
-        return Call::new("blockdev-reopen", json!({"options": []}));
-    };
-    let mut options = props.clone();
+pub(super) fn flush(format_node: &Props) -> Call {
+    let mut options = format_node.clone();
     options.remove("read-only");
     Call::new("blockdev-reopen", json!({"options": [options]}))
 }
@@ -55,7 +52,7 @@ pub struct Lesser {
     top: String,
     base: String,
     /// The format node of the image that gets the data.
-    into: Backend,
+    into: Props,
     backing_file: String,
     gone: Vec<Backend>,
 }
@@ -87,8 +84,8 @@ impl Placed {
         // Two nodes a layer, the bottom first: the file, then the format.
         let start = (layers.len() - 1 - depth) * 2;
         let gone: Vec<Backend> = placed.spec.backends.drain(start..start + 2).collect();
+        let Backend::Blockdev(into) = placed.spec.backends[start - 1].clone() else { return Ok(None) };
         let base = node_name(&placed.spec.backends[start - 1]);
-        let into = placed.spec.backends[start - 1].clone();
         let above = placed.spec.backends.get(start + 1).map(node_name);
         match placed.spec.backends.get_mut(start + 1) {
             Some(Backend::Blockdev(props)) => drop(props.insert("backing".to_owned(), base.clone().into())),

@@ -8,7 +8,7 @@ use super::Placed;
 use super::merge::{flush, node_name};
 use crate::host::HostNeed;
 use crate::refusal::Refusal;
-use crate::spec::{Backend, Call};
+use crate::spec::{Backend, Call, Props};
 
 /// A disk whose uppermost layer stands further down, or alone.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -20,7 +20,7 @@ pub struct Pull {
     top: String,
     base: Option<Base>,
     /// The format node of the uppermost layer.
-    into: Option<Backend>,
+    into: Props,
     gone: Vec<Backend>,
 }
 
@@ -71,6 +71,9 @@ impl Placed {
         if self.needs.iter().any(|need| matches!(need, HostNeed::IoProxy(_))) {
             return self.not_pulled("while its image is behind an io-proxy", "stop the VM first");
         }
+        let Some(Backend::Blockdev(into)) = self.spec.backends.last().cloned() else {
+            return self.not_pulled("of what has no image", "name a disk");
+        };
         let mut placed = self.clone();
         // Two nodes a layer, the bottom first: the file, then the format.
         let (below, end) = ((layers.len() - depth) * 2, (layers.len() - 1) * 2);
@@ -86,7 +89,6 @@ impl Placed {
         let pulled = |path: &String| layers[1..depth].iter().any(|layer| layer.path == *path);
         placed.needs.retain(|need| !matches!(need, HostNeed::Image { path, .. } if pulled(path)));
         let top = self.top_node().unwrap_or_default().to_owned();
-        let into = self.spec.backends.last().cloned();
         Ok(Pull { placed, job: format!("{}-pull", self.id), top, base, into, gone })
     }
 }
@@ -107,8 +109,8 @@ impl Pull {
     }
 
     /// The command that flushes the uppermost layer.
-    pub fn flush(&self) -> Option<Call> {
-        self.into.as_ref().map(flush)
+    pub fn flush(&self) -> Call {
+        flush(&self.into)
     }
 
     /// The commands that delete the nodes that nothing stands on any more, the uppermost first.

@@ -7,10 +7,9 @@ use serde_json::{Value, json};
 use tracing::{info, warn};
 
 use super::plug::{Job, Outcome};
-use super::{Finished, Owner, Reply, not_now};
+use super::{Finished, Owner, Reply};
 use crate::folders::VmName;
 use crate::injection::Steps;
-use crate::record::Stage;
 use crate::request::{BlockCommit, BlockPull, Class, Failure, SnapshotDelete, chain};
 use crate::snapshot::files::{check_pull_room, qemu_img};
 use crate::snapshot::tidy::{self, Merge, Task};
@@ -51,18 +50,7 @@ pub(super) struct Shrunk {
 impl Owner {
     /// Makes chains shorter.
     pub(super) fn shrink(&mut self, wish: Shrink, reply: Reply) {
-        let moving = self.stages.iter().find(|(_, stage)| **stage != Stage::Present);
-        let refusal = match moving {
-            _ if self.farewell.is_ending() => {
-                Some(not_now("the VM is shutting down", "ask for it when it has stopped"))
-            }
-            Some((id, _)) => Some(not_now(
-                &format!("device {id} comes or goes just now"),
-                "ask for it when it is there, or gone",
-            )),
-            None => None,
-        };
-        match refusal {
+        match self.in_motion("ask for it") {
             Some(failure) => drop(reply.send(Err(failure))),
             None => self.queue.push_back(Job::Shrink(wish, reply)),
         }

@@ -37,25 +37,27 @@ struct Scene {
 impl Owner {
     /// Takes a snapshot of the VM's disks.
     pub(super) fn snapshot(&mut self, wish: SnapshotCreate, reply: Reply) {
-        let moving = self.stages.iter().find(|(_, stage)| **stage != Stage::Present);
-        let refusal = match (moving, &self.run) {
-            _ if self.farewell.is_ending() => {
-                Some(not_now("the VM is shutting down", "take the snapshot when it has stopped"))
-            }
-            (Some((id, _)), _) => Some(not_now(
-                &format!("device {id} comes or goes just now"),
-                "take the snapshot when it is there, or gone",
-            )),
-            (_, run) if wish.quiesce && *run != VmState::Running => Some(not_now(
+        let refusal = self.in_motion("take the snapshot").or_else(|| match &self.run {
+            run if wish.quiesce && *run != VmState::Running => Some(not_now(
                 &format!("the VM is {run}, so its guest cannot be asked to be quiet"),
                 "leave --quiesce out, or let it run first",
             )),
             _ => None,
-        };
+        });
         match refusal {
             Some(failure) => drop(reply.send(Err(failure))),
             None => self.queue.push_back(Job::Snapshot(wish, reply)),
         }
+    }
+
+    /// Why nothing is done to the disks as a whole just now; `act` is what to do later.
+    pub(super) fn in_motion(&self, act: &str) -> Option<Failure> {
+        if self.farewell.is_ending() {
+            return Some(not_now("the VM is shutting down", &format!("{act} when it has stopped")));
+        }
+        let (id, _) = self.stages.iter().find(|(_, stage)| **stage != Stage::Present)?;
+        let what = format!("device {id} comes or goes just now");
+        Some(not_now(&what, &format!("{act} when it is there, or gone")))
     }
 
     /// The layout stays as it is meanwhile: whoever changes it needs the workshop.

@@ -247,7 +247,7 @@ impl StoppedVm {
         let pulled = tidy::pull_files(&top, layers.get(depth), &qemu_img(&self.blueprint.binary));
         steps.enter("book")?;
         // Also after a failure: the header knows.
-        store.sweep(&self.held.host.vm)?;
+        store.settle_pull(&top)?;
         pulled?;
         Ok(base)
     }

@@ -174,6 +174,19 @@ impl Store {
         })
     }
 
+    /// An overlay was pulled, or not: its header says on what it stands, whichever VM's it was when it was made.
+    ///
+    /// # Errors
+    /// As [`Store::change`].
+    pub fn settle_pull(&self, path: &str) -> Result<(), StoreError> {
+        self.change(|book| {
+            if book.overlay(path).is_some_and(|overlay| overlay.pulling) {
+                learn_backing(book, path);
+            }
+            Ok(())
+        })
+    }
+
     fn lock(&self) -> Result<Flock<File>, StoreError> {
         let path = self.folder.join(".snapshots.lock");
         let failed = |step| move |path: &Path, source| StoreError::Io { path: path.into(), step, source };
@@ -193,19 +206,21 @@ impl Store {
     }
 }
 
-/// Of overlays that were being pulled.
+/// Of overlays that were being pulled for a VM.
 fn learn_backings(book: &mut Book, vm: &VmName) {
     let overlays = book.chains.iter().flat_map(|chain| &chain.overlays);
     let pulled: Vec<String> = overlays
         .filter(|overlay| overlay.pulling && overlay.vm == *vm)
         .map(|overlay| overlay.path.clone())
         .collect();
-    for path in pulled {
-        match image::backing_of(Path::new(&path)) {
-            Ok(Some((backing, _))) => book.pulled(&path, &backing),
-            // `qvirt chain check` says so.
-            Ok(None) => warn!(%vm, path, "an overlay that stands on nothing"),
-            Err(error) => warn!(%vm, path, %error, "an overlay whose header cannot be read"),
-        }
+    pulled.iter().for_each(|path| learn_backing(book, path));
+}
+
+fn learn_backing(book: &mut Book, path: &str) {
+    match image::backing_of(Path::new(path)) {
+        Ok(Some((backing, _))) => book.pulled(path, &backing),
+        // `qvirt chain check` says so.
+        Ok(None) => warn!(path, "an overlay that stands on nothing"),
+        Err(error) => warn!(path, %error, "an overlay whose header cannot be read"),
     }
 }

@@ -117,7 +117,7 @@ impl Workshop {
                     let ended = if lesser.is_active() {
                         self.pivot(merging, steps).await
                     } else {
-                        self.flush_and_finalize(Some(lesser.flush()), &lesser.job, steps).await
+                        self.flush_and_finalize(lesser.flush(), &lesser.job, steps).await
                     };
                     outcome = self.or_cancel(ended, &lesser.job).await;
                 }
@@ -173,14 +173,12 @@ impl Workshop {
     /// Lets a job change a header once what it copied is on its storage.
     pub(super) async fn flush_and_finalize(
         &mut self,
-        flush: Option<Call>,
+        flush: Call,
         job: &str,
         steps: &mut Steps,
     ) -> Result<(), StepError> {
         steps.enter("flush")?;
-        if let Some(flush) = flush {
-            self.call(flush).await?;
-        }
+        self.call(flush).await?;
         self.call(finalize(job)).await
     }
 
