@@ -39,6 +39,48 @@ fn is_fine(vm: &Vm) {
 }
 
 #[test]
+fn what_a_running_qemu_has_open() {
+    let vm = vm();
+    start_paused(&vm);
+    let fine = "the chains of guest are as they should be\n";
+    assert_eq!(check(&vm, 0, &[]), fine);
+
+    // A disk that was plugged in takes part.
+    let image = vm.raw("more.img", 1, "x");
+    vm.ok(&["attach", "guest", "--disk", &format!("path={image},id=more")]);
+    vm.ok(&["snapshot", "create", "guest", "three"]);
+    assert_eq!(check(&vm, 0, &[]), fine);
+    let top = vm.path("more.three.qcow2");
+    std::fs::rename(&top, vm.path("away")).expect("it was made");
+    let gone = check(&vm, 1, &[]);
+    assert!(
+        gone.contains("more: overlay DIR/more.three.qcow2 is gone\n")
+            && gone.contains(
+                "more: image DIR/more.three.qcow2 is gone, and QEMU still has it open (node more-2-file): "
+            ),
+        "{gone}"
+    );
+    std::fs::rename(vm.path("away"), &top).expect("it is put back");
+
+    // Nodes that somebody made and forgot, one of them named like a disk's.
+    for (node, name) in [("mine", "a.img"), ("former-1-file", "b.img")] {
+        let node = serde_json::json!({"driver": "file", "node-name": node, "filename": vm.raw(name, 1, "x")});
+        vm.qmp("blockdev-add", &node);
+    }
+    let words = |end: &str| {
+        format!(
+            "QEMU has image DIR/a.img open (node mine), which is of no disk: {end}\n\
+             QEMU has image DIR/b.img open (node former-1-file), which is of no disk: {end}\n"
+        )
+    };
+    assert_eq!(check(&vm, 1, &[]), words("--repair would have QEMU close it"));
+    assert_eq!(check(&vm, 0, &["--repair"]), words("done: have QEMU close it"));
+    assert_eq!(check(&vm, 0, &[]), fine);
+    vm.ok(&["kill", "guest"]);
+    is_fine(&vm);
+}
+
+#[test]
 fn the_book_is_lost() {
     let vm = vm();
     is_fine(&vm);

@@ -36,6 +36,8 @@ pub enum Remedy {
     Strike(String),
     /// Take a chain that the book does not know into it, with snapshots named after the files.
     Enter(Box<(Chain, Vec<Snapshot>)>),
+    /// Have QEMU close a node that no disk uses; while the VM runs, unlike all others.
+    Close(String),
 }
 
 impl Remedy {
@@ -45,6 +47,7 @@ impl Remedy {
             Remedy::Sweep => "remove what was not finished".to_owned(),
             Remedy::Tidy(_) => "merge and remove it".to_owned(),
             Remedy::Strike(path) => format!("forget {path}"),
+            Remedy::Close(_) => "have QEMU close it".to_owned(),
             Remedy::Enter(entered) => {
                 let names: Vec<&str> = entered.1.iter().map(|snapshot| snapshot.name.as_str()).collect();
                 format!("start from {}, with snapshots {}", entered.0.top, names.join(", "))
@@ -294,6 +297,8 @@ pub fn mend(remedy: &Remedy, store: &Store, vm: &VmName, qemu_img: &Path) -> Res
             book.enter(&entered.0, &entered.1);
             Ok(())
         })?),
+        // The VM does not run: QEMU's nodes are gone with it.
+        Remedy::Close(_) => Ok(()),
     }
 }
 
