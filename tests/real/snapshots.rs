@@ -16,6 +16,8 @@ on_one! { 10.0:
     instant => two_disks_at_one_instant,
     larger => disks_that_get_more_room,
     pulled => pulled_and_committed_under_the_guest,
+    agent => frozen_by_qemus_own_agent,
+    reverted => a_guest_sees_what_it_saw,
 }
 
 on_one! { 7.2:
@@ -235,6 +237,90 @@ fn a_guest_that_is_frozen_is_thawed(version: QemuVersion) {
         assert_eq!(is_taken, step == 10, "{wish} {step}: {output}");
     }
     scene.guest.kill(&agent).expect("it ends");
+    are_sound(&scene.vm);
+    scene.end();
+}
+
+/// A disk with a file system that QEMU's own agent freezes.
+const WITH_AGENT: &str =
+    "[[disk]]\nid = \"data\"\npath = \"data.img\"\n[[channel]]\nid = \"ga\"\nguest_agent = true\n";
+
+/// By the real `qemu-ga`: what the guest has only in its memory is in a snapshot that is quiet, and in no other; and it is thawed by whoever comes next.
+fn frozen_by_qemus_own_agent(version: QemuVersion) {
+    let vm = Vm::new(version, QUIET, 8, &format!("{AGENT_CHANNEL}{WITH_AGENT}")).with_qemu_ga();
+    vm.raw("data.img", 8, "");
+    let mut scene = Scene::of(vm);
+    let has = |scene: &Scene, name: &str, word: &str| {
+        let (_, image, format) = frozen(&scene.vm, name).remove(0);
+        let view = view(&scene.vm, &image, &format);
+        view.windows(word.len()).any(|bytes| bytes == word.as_bytes())
+    };
+    // Nothing is written before somebody asks for it.
+    let script =
+        "echo 0 >/proc/sys/vm/dirty_writeback_centisecs; qga /dev/vda && echo in-memory-only >/mnt/a";
+    scene.guest.check(script).expect("the agent starts");
+    scene.vm.ok(&["snapshot", "create", "guest", "loud"]);
+    scene.vm.ok(&["snapshot", "create", "guest", "quiet", "--quiesce"]);
+    assert!(!has(&scene, "loud", "in-memory-only"), "nobody asked the guest to write it");
+    assert!(has(&scene, "quiet", "in-memory-only"), "the guest wrote it before it was frozen");
+    scene.guest.check("echo after >/mnt/b && sync").expect("it is thawed");
+
+    // The owner dies between freeze and thaw; the next one thaws.
+    let file = scene.vm.config().display().to_string();
+    scene.vm.kill_owner();
+    let adopted = scene.vm.qvirt_with(&[("QVIRT_DIE_STEP", "snapshot:9")], &["start", &file]);
+    assert_eq!(adopted.code, 0, "{adopted}");
+    let output = scene.vm.qvirt(&["snapshot", "create", "guest", "dying", "--quiesce"]);
+    assert_eq!(output.code, 4, "{output}");
+    let mut writer = scene.guest.begin("echo x >/mnt/c && sync && echo written").expect("a script");
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    assert_eq!(scene.guest.run("[ -e /mnt/c ]").expect("an answer").status, 1, "it is frozen");
+    scene.vm.wait_for("the owner's end", || scene.vm.ok(&["list"]).contains("without an owner"));
+    scene.vm.start();
+    scene.guest.wait_output(&mut writer, "written", tests::guest::SCRIPT).expect("it is thawed");
+    scene.guest.finish(writer, tests::guest::SCRIPT).expect("it ends");
+    are_sound(&scene.vm);
+    scene.end();
+}
+
+/// After a revert the guest reads from both disks, to the last byte, what it read when the snapshot was taken; and after another one what it read later.
+fn a_guest_sees_what_it_saw(version: QemuVersion) {
+    let disks = "[[disk]]\nid = \"a\"\npath = \"a.img\"\nserial = \"a\"\n\
+                 [[disk]]\nid = \"b\"\npath = \"b.qcow2\"\nformat = \"qcow2\"\nbus = \"scsi\"\nserial = \"b\"\n";
+    let vm = Vm::new(version, QUIET, 8, &format!("{AGENT_CHANNEL}{disks}"));
+    vm.raw("a.img", 4, "x");
+    vm.qcow2("b.qcow2", Ok(4));
+    let mut scene = Scene::of(vm);
+    let sums = |scene: &mut Scene| {
+        ["a", "b"].map(|serial| {
+            let sum = format!("echo 3 >/proc/sys/vm/drop_caches; md5sum </dev/{}", scene.disk(serial));
+            scene.guest.check(&sum).expect("the guest reads it")
+        })
+    };
+    let scribble = |scene: &mut Scene| {
+        for serial in ["a", "b"] {
+            let fill = format!(
+                "dd if=/dev/urandom of=/dev/{} bs=64k count=24 seek=7 2>/dev/null; sync",
+                scene.disk(serial)
+            );
+            scene.guest.check(&fill).expect("it is written");
+        }
+    };
+    let mut taken = Vec::new();
+    for name in ["one", "two", "three"] {
+        scribble(&mut scene);
+        taken.push(sums(&mut scene));
+        scene.vm.ok(&["snapshot", "create", "guest", name]);
+    }
+    scribble(&mut scene);
+    assert!(!taken.contains(&sums(&mut scene)), "it wrote something else since");
+    let file = scene.vm.config().display().to_string();
+    for (name, number) in [("one", 0), ("three", 2)] {
+        print!("{}", scene.vm.ok(&["snapshot", "revert", &file, name, "--running"]));
+        scene = Scene::of_running(scene.vm);
+        assert_eq!(sums(&mut scene), taken[number], "the guest's view of {name}");
+        scribble(&mut scene);
+    }
     are_sound(&scene.vm);
     scene.end();
 }

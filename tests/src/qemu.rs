@@ -56,7 +56,7 @@ pub fn images() -> Images {
         .find(|folder| folder.is_dir())
         .unwrap_or_else(|| panic!("there is no target/images: run `make images` in the checkout"));
     let images = Images { root: found };
-    let mut files = vec![images.kernel(), images.initramfs()];
+    let mut files = vec![images.kernel(), images.initramfs(), images.guest_agent()];
     files.extend(QemuVersion::ALL.map(|version| images.qemu(version)));
     for file in files {
         assert!(file.exists(), "{} is missing: run `make images` in the checkout", file.display());
@@ -102,6 +102,11 @@ impl Images {
     /// The guest's root file system; `integration-images/guest/init` tells what it does.
     pub fn initramfs(&self) -> PathBuf {
         self.root.join("guest/initramfs.cpio")
+    }
+
+    /// QEMU's own agent, to be appended to that.
+    pub fn guest_agent(&self) -> PathBuf {
+        self.root.join("guest-agent/guest-agent.cpio")
     }
 
     /// The lab host's kernel, an ELF image as well.

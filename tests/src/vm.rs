@@ -91,6 +91,20 @@ impl Vm {
         vm
     }
 
+    /// Gives its guest `qemu-ga`, QEMU's own agent, which `qga` starts there. It is not started yet.
+    pub fn with_qemu_ga(self) -> Vm {
+        let images = images();
+        let parts =
+            [images.initramfs(), images.guest_agent()].map(|part| std::fs::read(part).expect("it was made"));
+        let initramfs = self.path("initramfs.cpio");
+        std::fs::write(&initramfs, parts.concat()).expect("it is written");
+        let config = std::fs::read_to_string(self.config()).expect("the VM file");
+        let [from, to] = [&images.initramfs(), &initramfs].map(|path| format!("initrd = {path:?}"));
+        assert!(config.contains(&from), "{config}");
+        std::fs::write(self.config(), config.replace(&from, &to)).expect("the VM file is written");
+        self
+    }
+
     /// The QEMU it runs on.
     pub fn version(&self) -> QemuVersion {
         self.version
