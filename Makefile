@@ -1,6 +1,6 @@
 # What a developer runs; `make` alone lists it. Everything is made under target/, which is never committed.
 
-# Boots per soak test, and guests at once: each takes a core without KVM.
+# Boots per soak test, and guests or lab hosts at once: each takes a core without KVM.
 ROUNDS ?= 200
 THREADS ?= 2
 
@@ -29,8 +29,8 @@ release: ## the qvirt program as it is shipped
 test: images build ## the tests, real QEMU, guest and lab included, of each matrix a sample; the guests' inventories stand in the output
 	cargo test --workspace -- --test-threads=$(THREADS) --show-output --skip soak::
 
-lab: images build ## the tests in the hardware lab alone, as they go
-	cargo test -p tests --test lab -- --test-threads=1 --nocapture --skip soak::
+lab: images build ## the tests in the hardware lab alone, two at once
+	cargo test -p tests --test lab -- --test-threads=$(THREADS) --show-output --skip soak::
 
 lab-shell: images build ## a root shell in the lab, with qvirt on the path
 	@cargo run --quiet -p tests --bin lab shell
@@ -40,7 +40,7 @@ demo: images ## the main job, told step by step
 	@examples/demo
 
 bench: images release ## the ratios that the goals name
-	cargo bench -p tests --bench ratios --bench suspension
+	cargo bench -p tests --bench ratios --bench suspension --bench snapshots
 
 lint: ## format, clippy and documentation, warnings being errors
 	cargo fmt --all --check
@@ -49,7 +49,7 @@ lint: ## format, clippy and documentation, warnings being errors
 	@for script in .ci/run integration-images/setup integration-images/lock integration-images/lib/*.sh integration-images/parts/*.sh \
 		integration-images/lab/init; do bash -n $$script || exit 1; done
 	sh -n integration-images/lab/initramfs-init && sh -n integration-images/lab/poweroff
-	sh -n integration-images/guest/init
+	sh -n integration-images/guest/init && sh -n integration-images/guest/qga
 
 record: images ## tests/recorded/ anew, from the QEMUs under target/images
 	@integration-images/record-schemas

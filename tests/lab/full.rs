@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use serde_json::json;
 use tests::chain::{are_sound, states};
 use tests::lab::{inside, step};
 use tests::qemu::QemuVersion;
@@ -11,7 +12,7 @@ use tests::scene::{QUIET, Scene};
 use tests::storm::Storm;
 use tests::vm::{AGENT_CHANNEL, Vm, finished};
 
-/// A file system of its own, of 12 MiB, of which something else may take 8; unmounted with the value.
+/// A file system of its own, of 12 MiB, of which something else may take a part; unmounted with the value.
 pub struct Small(PathBuf);
 
 impl Small {
@@ -31,8 +32,8 @@ impl Small {
     }
 
     /// Takes room away.
-    pub fn fill(&self) {
-        std::fs::write(self.0.join("ballast"), vec![0; 8 << 20]).expect("the ballast is written");
+    pub fn fill(&self, mib: usize) {
+        std::fs::write(self.0.join("ballast"), vec![0; mib << 20]).expect("the ballast is written");
     }
 
     /// Gives it back.
@@ -71,16 +72,19 @@ fn overlay(scene: &mut Scene, small: &Small) {
     let base = scene.vm.path("near.img").display().to_string();
     thin(&base);
     let storm = Storm::on(scene, "near", &format!("path={base},{WISH}"));
-    small.fill();
+    small.fill(11);
     let disk = format!("near={}", small.path("top.qcow2"));
     let create = ["snapshot", "create", "guest", "one", "--disk", &disk];
     let refused = scene.vm.expect(3, &create);
     assert!(refused.stderr.contains("no room") && refused.stderr.contains("--sparse"), "{refused}");
     assert!(!Path::new(&small.path("top.qcow2")).exists() && states(&scene.vm).is_empty(), "nothing is left");
     scene.vm.ok(&[&create[..], &["--sparse"]].concat());
-    let mut command = scene.vm.command(&["snapshot", "delete", "guest", "one", "--speed", "256KiB"]);
+    // So slow that it cannot end before the overlay is full.
+    let mut command = scene.vm.command(&["snapshot", "delete", "guest", "one", "--speed", "4KiB"]);
     let deletion = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("qvirt starts");
     storm.waits_for(scene, "suspended");
+    // By qvirt that is refused now, as all that changes the disk is.
+    scene.vm.rescue("block-job-set-speed", json!({"device": "near-merge", "speed": 0}));
     print!("{}{}", scene.vm.ok(&["io", "status", "guest"]), scene.vm.ok(&["jobs", "guest"]));
     let refused = scene.vm.expect(3, &["block", "commit", "guest", "near"]);
     assert!(refused.stderr.contains("block commit is refused: I/O of disk near"), "{refused}");
@@ -116,7 +120,7 @@ fn base(scene: &mut Scene, small: &Small) {
         scene.guest.check(&sum).expect("the guest reads it")
     };
     let before = sum(scene);
-    small.fill();
+    small.fill(8);
     let failed = scene.vm.expect(1, &["snapshot", "delete", "guest", "one"]);
     assert!(
         failed.stderr.contains("each disk is as it was") && failed.stderr.contains("No space left"),

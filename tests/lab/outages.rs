@@ -73,7 +73,7 @@ fn a_full_file_system_is_an_outage_until_there_is_room() {
         let small = Small::beside(&scene.vm);
         let image = small.path("thin.img");
         thin(&image);
-        small.fill();
+        small.fill(8);
         let wish = format!(
             "path={image},id=thin,serial=thin,on_error.write=retry,on_error.interval=200ms,on_error.engine=hold"
         );

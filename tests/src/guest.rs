@@ -31,6 +31,9 @@ pub const SCRIPT: Duration = Duration::from_secs(60);
 /// How long [`Guest::wait_inventory`] waits for devices to come or go.
 pub const DEVICES: Duration = Duration::from_secs(60);
 
+/// How much of a line an error shows: an inventory is one line.
+const LINE: usize = 160;
+
 /// What went wrong, and the last lines that the guest had written by then.
 pub struct GuestError {
     reason: String,
@@ -46,7 +49,8 @@ impl GuestError {
 
 impl fmt::Display for GuestError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "guest: {}; its last lines:\n{}", self.reason, self.tail)
+        // What went wrong comes last, where it is read first.
+        write!(f, "the guest's last lines:\n{}guest: {}", self.tail, self.reason)
     }
 }
 
@@ -118,8 +122,9 @@ impl Guest {
 
 fn failure(reason: String, transcript: &[u8]) -> GuestError {
     let text = String::from_utf8_lossy(transcript);
-    let tail = crate::last_lines(&text, 20);
-    GuestError { reason, tail: tail.map(|line| format!("  | {}\n", command::readable(line))).collect() }
+    let short = |line| command::readable(line).chars().take(LINE).collect::<String>();
+    let tail = crate::last_lines(&text, 20).map(|line| format!("  | {}\n", short(line))).collect();
+    GuestError { reason, tail }
 }
 
 fn find(bytes: &[u8], word: &[u8]) -> Option<usize> {

@@ -17,7 +17,7 @@ use std::any::type_name;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 pub mod host;
@@ -40,8 +40,56 @@ const TEST: Duration = Duration::from_secs(420);
 /// How often a test is run at most where the emulated processor is at fault.
 const TRIES: u32 = 3;
 
-/// The lab host that is up, if one is. Tests take turns: its devices exist once.
-static LAB: Mutex<Option<Lab>> = Mutex::new(None);
+/// How many lab hosts are up at most, each with one test: an emulated one keeps one processor busy and may take 4 GiB.
+const LABS: usize = 2;
+
+/// The lab hosts: a test has one for itself, since its devices exist once.
+static LABS_UP: Labs =
+    Labs { state: Mutex::new(State { up: 0, idle: Vec::new() }), given_back: Condvar::new() };
+
+/// What lab hosts there are.
+struct Labs {
+    state: Mutex<State>,
+    given_back: Condvar,
+}
+
+struct State {
+    /// How many are up or booting.
+    up: usize,
+    /// Those that no test has.
+    idle: Vec<Lab>,
+}
+
+impl Labs {
+    /// One that is up already, or `None`, with which the caller may boot one; waits until there is one or the other.
+    fn take(&self) -> Option<Lab> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(lab) = state.idle.pop() {
+                return Some(lab);
+            }
+            if state.up < LABS {
+                state.up += 1;
+                return None;
+            }
+            state = self.given_back.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// A test's right to a lab host, which ends with the value; the next test gets the lab host too if it was put here.
+struct Turn(Option<Lab>);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        let mut state = LABS_UP.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.0.take() {
+            Some(lab) => state.idle.push(lab),
+            None => state.up -= 1,
+        }
+        LABS_UP.given_back.notify_one();
+    }
+}
 
 /// Runs a test's steps as root in the lab host.
 ///
@@ -53,10 +101,10 @@ pub fn inside<F: Fn()>(steps: F) {
         return steps();
     }
     let test = test_name(type_name::<F>());
-    // A test that panicked while it had the lab has taken it out before.
-    let mut shared = LAB.lock().unwrap_or_else(PoisonError::into_inner);
+    let idle = LABS_UP.take();
+    let mut turn = Turn(None);
     let begin = Instant::now();
-    let mut lab = shared.take().unwrap_or_else(booted);
+    let mut lab = idle.unwrap_or_else(booted);
     let mut outcome = lab.run_test(test, TEST);
     for _ in 1..TRIES {
         let Err(e) = &outcome else { break };
@@ -68,7 +116,7 @@ pub fn inside<F: Fn()>(steps: F) {
     match outcome {
         Ok(()) => {
             println!("{test} took {:.1?} in the lab", begin.elapsed());
-            *shared = Some(lab);
+            turn.0 = Some(lab);
         }
         // The next test gets a lab host that nobody left in a strange state.
         Err(e) => panic!("{test} failed in the lab after {:.1?}: {e}", begin.elapsed()),

@@ -26,7 +26,8 @@ impl Guest {
                 return Ok(inventory);
             }
             if Instant::now() > until {
-                return Err(self.line.failure(format!("no {what} after {DEVICES:?}, but\n{inventory}")));
+                let reason = format!("the guest sees\n{inventory}waited {DEVICES:?} in vain for {what}");
+                return Err(self.line.failure(reason));
             }
             std::thread::sleep(Duration::from_millis(100));
         }
@@ -65,7 +66,8 @@ impl Guest {
                 return Ok(report);
             }
             if Instant::now() > until {
-                return Err(self.line.failure(format!("no {what} after {DEVICES:?}, but {report:#?}")));
+                let reason = format!("the guest reports {report:#?}; waited {DEVICES:?} in vain for {what}");
+                return Err(self.line.failure(reason));
             }
             std::thread::sleep(Duration::from_millis(100));
         }

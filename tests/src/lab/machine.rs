@@ -45,7 +45,7 @@ const SILENCE: Duration = Duration::from_secs(90);
 /// How many of the console's last lines an error shows.
 const TAIL: usize = 30;
 /// How many lines of a panic an error repeats.
-const PANIC: usize = 40;
+const PANIC: usize = 80;
 
 /// Why there is no lab host, or what went wrong in it.
 #[derive(Debug, thiserror::Error)]
