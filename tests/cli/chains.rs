@@ -172,6 +172,17 @@ fn images_that_are_not_as_they_were() {
     std::fs::rename(&overlay, vm.path("kept")).expect("renamed");
     assert_eq!(check(&vm, 1, &["--repair"]), "sys: overlay DIR/sys.one.qcow2 is gone\n");
     std::fs::rename(vm.path("kept"), &overlay).expect("renamed");
+    let says = |format: &str| {
+        let (base, overlay) = (vm.path("sys.img").display().to_string(), overlay.display().to_string());
+        chain::qemu_img(&vm, &["rebase", "-u", "-b", &base, "-F", format, &overlay]);
+    };
+    says("qcow2");
+    assert_eq!(
+        check(&vm, 1, &["--repair"]),
+        "sys: the header of DIR/sys.one.qcow2 says that DIR/sys.img is qcow2, and it is raw: mend it with `qemu-img rebase -u -b DIR/sys.img -F raw \
+         DIR/sys.one.qcow2`\n"
+    );
+    says("raw");
     let other = vm.raw("other.img", 4, "other");
     let rebase = |below: &str| {
         let mut command = std::process::Command::new(images().qemu_img(vm.version()));

@@ -128,32 +128,42 @@ fn of_chain(book: &Book, chain: &Chain, id: &DeviceId, store: &Path, findings: &
             find(format!("overlay {} is gone", overlay.path), remedy);
             continue;
         }
-        match image::backing_of(path) {
-            Ok(Some((below, _))) if below == overlay.backing => {}
-            // It is being pulled, or was: the next start looks.
-            Ok(Some(_)) if overlay.pulling => {}
-            // A merge ended between its headers and the book.
-            Ok(Some((below, _))) if merges_into(book, &chain.base, &overlay.backing, &below) => {}
-            Ok(below) => {
-                is_broken = true;
-                let below = below.map_or_else(|| "nothing".to_owned(), |(below, _)| below);
-                find(
-                    format!(
-                        "the header of {} names {below} below it, and it was made on {}",
-                        overlay.path, overlay.backing
-                    ),
-                    None,
-                );
-            }
-            Err(error) => {
-                is_broken = true;
-                find(crate::request::chain(&error), None);
-            }
+        if let Some(fault) = header_fault(book, chain, overlay) {
+            is_broken = true;
+            find(fault, None);
         }
     }
     if !is_broken && book.task(&chain.base).is_some() {
         let words = format!("the chain on {} has a layer that is of no use any more", chain.base);
         find(words, Some(Remedy::Tidy(chain.base.clone())));
+    }
+}
+
+/// What is wrong with what an overlay's header says of the image below it.
+fn header_fault(book: &Book, chain: &Chain, overlay: &Overlay) -> Option<String> {
+    let path = &overlay.path;
+    match image::backing_of(Path::new(path)) {
+        Ok(Some((below, format))) if below == overlay.backing => {
+            let made_on = if below == chain.base { chain.format } else { Format::Qcow2 };
+            (format != made_on).then(|| {
+                format!(
+                    "the header of {path} says that {below} is {format}, and it is {made_on}: mend it with `qemu-img rebase -u -b {below} -F {made_on} \
+                     {path}`"
+                )
+            })
+        }
+        // It is being pulled, or was: the next start looks.
+        Ok(Some(_)) if overlay.pulling => None,
+        // A merge ended between its headers and the book.
+        Ok(Some((below, _))) if merges_into(book, &chain.base, &overlay.backing, &below) => None,
+        Ok(below) => {
+            let below = below.map_or_else(|| "nothing".to_owned(), |(below, _)| below);
+            Some(format!(
+                "the header of {path} names {below} below it, and it was made on {}",
+                overlay.backing
+            ))
+        }
+        Err(error) => Some(crate::request::chain(&error)),
     }
 }
 
