@@ -292,19 +292,25 @@ impl<'a> Movable<'a> {
     /// The driver does not take it; trying again later is safe.
     pub fn give_back(&self, before: Option<&str>, override_before: Option<&str>) -> Result<(), VfioError> {
         match self.driver() {
-            Some(driver) if driver != DRIVER => {
-                if Some(driver.as_str()) != before {
-                    warn!(host = %self.host, driver, "somebody else has bound it meanwhile: it stays there");
+            // Whoever died, or failed, before it was moved has left our override at most.
+            Some(driver) if Some(driver.as_str()) == before => {
+                if self.driver_override().as_deref() != Some(DRIVER) {
+                    return Ok(());
                 }
+            }
+            Some(driver) if driver != DRIVER => {
+                warn!(host = %self.host, driver, "somebody else has bound it meanwhile: it stays there");
                 return Ok(());
             }
-            Some(_) if before == Some(DRIVER) => return Ok(()),
-            Some(_) => self.unbind()?,
-            // Bound to nothing by us a moment ago, or by whoever died in between.
-            None => {}
-        }
-        if let Some(driver) = before {
-            self.move_to(driver)?;
+            found => {
+                // Bound to nothing by us a moment ago, or by whoever died in between.
+                if found.is_some() {
+                    self.unbind()?;
+                }
+                if let Some(driver) = before {
+                    self.move_to(driver)?;
+                }
+            }
         }
         self.set_override(override_before)
     }
@@ -337,6 +343,10 @@ impl<'a> Movable<'a> {
     }
 
     fn set_override(&self, driver: Option<&str>) -> Result<(), VfioError> {
+        // Who may not write it has not changed it either.
+        if self.driver_override().as_deref() == driver {
+            return Ok(());
+        }
         // An empty line clears it.
         self.write(&self.folder.join("driver_override"), &format!("{}\n", driver.unwrap_or_default()))
     }

@@ -54,6 +54,18 @@ fn a_driver_that_takes_nothing_is_said_and_the_override_is_as_it_was() {
 }
 
 #[test]
+fn an_override_of_ours_goes_also_where_the_driver_never_changed() {
+    let (temp, host) = tree(Some("igbvf"));
+    let function = Movable::find(&Sysfs::below(temp.path()), host).expect("it is there");
+    let file = temp.path().join("bus/pci/devices/0000:04:10.1/driver_override");
+    for (left, expected) in [("vfio-pci\n", "\n"), ("pci-stub\n", "pci-stub\n"), ("(null)\n", "(null)\n")] {
+        fs::write(&file, left).expect("a file");
+        function.give_back(Some("igbvf"), None).expect("it has its driver");
+        assert_eq!(fs::read_to_string(&file).expect("a file"), expected, "after {left:?}");
+    }
+}
+
+#[test]
 fn settings_that_somebody_else_changed_stay() {
     let before = VfProfile { vlan: 1, spoofchk: Some(true), ..VfProfile::default() };
     let wanted = VfProfile { vlan: 7, spoofchk: Some(false), rate_max: Rate::mbits(100), ..before.clone() };
