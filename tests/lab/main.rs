@@ -3,7 +3,7 @@
 //!
 //! `host` proves that the lab has what it names, `inventory` that qvirt lists it, `storage` and `disks`, `network`, `memory` and `owner` are qvirt's own commands, `functions` PCI functions of the host in guests, `outages` disks that
 //! retry while real storage fails, `sectors` and `sticks` such disks on bad and pulled disks of the host, `suspension` disks on storage that hangs,
-//! `forbidden` what a disk that hangs beside one that fails forbids, `pieces` the devices that QEMU is given by plain QMP, `images` what
+//! `forbidden` what a disk that hangs beside one that fails forbids, `pieces` the devices that QEMU is given by plain QMP, `rights` what somebody is told who is not root, `images` what
 //! makes the images, `shell` the shell for people, `troubles` what happens where there can be no lab. `vdpa`, `vdpa_host` and `vhost_scsi` are devices of the host that
 //! qvirt passes through, `usb` its sticks in a guest, `system_disks` the guest that boots from them, `sweep` the failing of each step.
 
@@ -19,6 +19,7 @@ mod network;
 mod outages;
 mod owner;
 mod pieces;
+mod rights;
 mod sectors;
 mod shell;
 mod sticks;
