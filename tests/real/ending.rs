@@ -12,11 +12,11 @@ use tests::scene::{QUIET, Scene};
 use tests::{on_both, on_one};
 
 on_both! {
-    deaf => a_guest_that_ignores_the_power_button,
     killed => qemu_killed_from_outside,
 }
 
 on_one! { 10.0:
+    deaf => a_guest_that_ignores_the_power_button,
     power => shutdown_reboot_reset,
 }
 

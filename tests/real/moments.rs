@@ -11,7 +11,6 @@ use tests::{on_both, on_one};
 
 on_both! {
     boot => during_boot,
-    paused => while_paused,
 }
 
 on_one! { 10.0:
@@ -19,6 +18,7 @@ on_one! { 10.0:
 }
 
 on_one! { 7.2:
+    paused => while_paused,
     fifty_times => fifty_times_on_one_port,
 }
 

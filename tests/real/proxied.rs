@@ -14,16 +14,16 @@ use crate::suspension::{boot, in_time};
 on_both! {
     held => an_outage_that_ends_in_time,
     reported => timeouts_that_the_guest_is_told_of,
-    deaths => owners_and_proxies_that_die,
-    drained => drains_while_requests_are_held,
-    qcow2 => images_that_grow,
 }
 
 on_one! { 10.0:
+    deaths => owners_and_proxies_that_die,
+    qcow2 => images_that_grow,
     renamed => a_name_that_is_used_again,
 }
 
 on_one! { 7.2:
+    drained => drains_while_requests_are_held,
     acts => other_acts_at_the_timeout,
 }
 

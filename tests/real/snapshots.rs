@@ -8,7 +8,6 @@ use tests::vm::{AGENT_CHANNEL, Vm};
 use tests::{on_both, on_one};
 
 on_both! {
-    deleted => deleted_under_the_guest,
     goes_on => the_guest_goes_on_and_the_next_start_knows,
 }
 
@@ -21,6 +20,7 @@ on_one! { 10.0:
 }
 
 on_one! { 7.2:
+    deleted => deleted_under_the_guest,
     slowly => merged_slowly_under_the_guest,
     quiet => a_guest_that_is_frozen_is_thawed,
 }

@@ -16,19 +16,19 @@ use crate::faults::Follower;
 on_both! {
     held => outages_that_end_in_time,
     reported => a_timeout_that_the_guest_is_told_of,
-    paused => a_vm_that_is_paused,
-    at_the_end => a_timeout_that_pauses,
-    together => two_disks,
-    owners => owners_that_die,
-    overlay => a_new_top,
 }
 
 on_one! { 10.0:
+    together => two_disks,
+    overlay => a_new_top,
     many => twenty_outages,
     taken => a_node_that_cannot_be_made,
 }
 
 on_one! { 7.2:
+    paused => a_vm_that_is_paused,
+    at_the_end => a_timeout_that_pauses,
+    owners => owners_that_die,
     scsi => a_timeout_on_scsi,
     nameless => an_image_whose_path_is_gone,
 }
@@ -201,10 +201,7 @@ fn a_new_top(version: QemuVersion) {
     let storm = Storm::on(&mut scene, "blk", &format!("path={base},format=qcow2,on_error.engine=hold"));
     storm.drill(&scene, "700ms", &[]);
     let overlay = scene.vm.path("overlay.qcow2").display().to_string();
-    let snapshot = json!({
-        "node-name": "blk-1-format", "snapshot-file": overlay, "snapshot-node-name": "overlay", "format": "qcow2",
-    });
-    scene.vm.rescue("blockdev-snapshot-sync", snapshot);
+    scene.vm.ok(&["snapshot", "create", "guest", "one", "--disk", &format!("blk={overlay}")]);
     for _ in 0..2 {
         storm.drill(&scene, "1s", &[]);
         storm.is_unharmed(&mut scene, "on the overlay");

@@ -65,7 +65,9 @@ impl Scene {
 
     /// Waits until a line of that kind with that word is there; gives it.
     pub fn sees_line(&mut self, what: &str, kind: &str, word: &str) -> String {
-        let seen = self.sees(what, |seen| seen.find(kind, word).is_some());
+        // A disk is in sysfs a moment before its queue is.
+        let is_whole = |line: &str| !line.contains(" cache=- ");
+        let seen = self.sees(what, |seen| seen.find(kind, word).is_some_and(is_whole));
         seen.find(kind, word).expect("it was just seen").to_owned()
     }
 
