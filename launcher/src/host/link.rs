@@ -8,7 +8,7 @@
 //! | change | inverse |
 //! |---|---|
 //! | [`set_up`] | [`set_down`] |
-//! | [`set_master`] | [`clear_master`] |
+//! | [`set_master`] | none: what qvirt puts into a bridge it made, and deletes |
 //! | [`set_mtu`], [`set_address`] | the same, with what [`show`] said before |
 //!
 //! [`delete`] is itself an inverse: of whatever made the interface.
@@ -241,7 +241,7 @@ pub fn host_side(guest: [u8; 6]) -> [u8; 6] {
     [0xfe, a, b, c, d, e]
 }
 
-/// Makes the interface a port of the Linux bridge called `bridge`. Inverse: [`clear_master`].
+/// Makes the interface a port of the Linux bridge called `bridge`.
 pub fn set_master(index: u32, bridge_name: &str) -> Result<(), LinkError> {
     let bridge = bridge(bridge_name)?;
     change(
@@ -250,15 +250,6 @@ pub fn set_master(index: u32, bridge_name: &str) -> Result<(), LinkError> {
         |message| {
             message.attributes.push(LinkAttribute::Controller(bridge.index));
         },
-    )
-}
-
-/// Takes the interface out of its bridge; one that is in none stays as it is. Inverse: [`set_master`].
-pub fn clear_master(index: u32) -> Result<(), LinkError> {
-    change(
-        index,
-        |link| format!("take {link} out of its bridge"),
-        |message| message.attributes.push(LinkAttribute::Controller(0)),
     )
 }
 

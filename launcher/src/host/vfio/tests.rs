@@ -56,7 +56,8 @@ fn a_driver_that_takes_nothing_is_said_and_the_override_is_as_it_was() {
 #[test]
 fn an_override_of_ours_goes_also_where_the_driver_never_changed() {
     let (temp, host) = tree(Some("igbvf"));
-    let function = Movable::find(&Sysfs::below(temp.path()), host).expect("it is there");
+    let sysfs = Sysfs::below(temp.path());
+    let function = Movable::find(&sysfs, host).expect("it is there");
     let file = temp.path().join("bus/pci/devices/0000:04:10.1/driver_override");
     for (left, expected) in [("vfio-pci\n", "\n"), ("pci-stub\n", "pci-stub\n"), ("(null)\n", "(null)\n")] {
         fs::write(&file, left).expect("a file");
