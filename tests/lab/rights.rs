@@ -12,11 +12,9 @@ use tests::lab::host::{network, scsi};
 use tests::lab::{inside, step};
 use tests::qemu::QemuVersion;
 use tests::scene::QUIET;
-use tests::vm::{Output, Vm, finished};
+use tests::vm::{Output, SHARED, Vm, finished};
 
 const NOBODY: u32 = 65534;
-
-const SHARED: &str = "{ size = \"256MiB\", shared = true }";
 
 /// A VM of nobody's.
 fn vm(tables: &str) -> Vm {

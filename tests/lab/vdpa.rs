@@ -8,11 +8,9 @@ use tests::lab::host::vdpa::{DISK, DISK_MIB, NIC, NIC_GUEST, NIC_MAC, NIC_NEIGHB
 use tests::lab::{inside, rounds, step};
 use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
-use tests::vm::{AGENT_CHANNEL, Vm};
+use tests::vm::{AGENT_CHANNEL, SHARED, Vm};
 
 use crate::sweep::each_step_is_undone;
-
-const SHARED: &str = "{ size = \"256MiB\", shared = true }";
 
 fn vm(version: QemuVersion, tables: &str) -> Vm {
     Vm::with_memory(version, QUIET, 8, SHARED, &format!("{AGENT_CHANNEL}{tables}"))

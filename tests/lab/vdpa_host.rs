@@ -8,11 +8,9 @@ use tests::lab::host::{pci, program};
 use tests::lab::{inside, step};
 use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
-use tests::vm::{AGENT_CHANNEL, Output, Vm, finished};
+use tests::vm::{AGENT_CHANNEL, Output, SHARED, Vm, finished};
 
 use crate::sweep::each_step_is_undone;
-
-const SHARED: &str = "{ size = \"256MiB\", shared = true }";
 
 /// Runs `qvirt host vdpa` with these words and prints both.
 fn vdpa(vm: &Vm, words: &[&str]) -> Output {

@@ -178,6 +178,10 @@ fn merged_slowly_under_the_guest(version: QemuVersion) {
     scene.end();
 }
 
+/// A disk, and the channel of an agent that freezes what is on it.
+const WITH_AGENT: &str =
+    "[[disk]]\nid = \"data\"\npath = \"data.img\"\n[[channel]]\nid = \"ga\"\nguest_agent = true\n";
+
 /// What answers in the guest in the place of qemu-ga: it writes down what it was asked. No file system is frozen by it.
 const FAKE_AGENT: &str = r#"for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = org.qemu.guest_agent.0 ] && port=/dev/${p##*/}; done
 exec 3<>$port; echo up
@@ -189,8 +193,7 @@ esac; done"#;
 
 /// By a guest agent that is not the real one: whatever comes after a freeze, a thaw comes.
 fn a_guest_that_is_frozen_is_thawed(version: QemuVersion) {
-    let disk = "[[disk]]\nid = \"data\"\npath = \"data.img\"\n[[channel]]\nid = \"ga\"\nguest_agent = true\n";
-    let vm = Vm::new(version, QUIET, 8, &format!("{AGENT_CHANNEL}{disk}"));
+    let vm = Vm::new(version, QUIET, 8, &format!("{AGENT_CHANNEL}{WITH_AGENT}"));
     vm.raw("data.img", 4, "x");
     let mut scene = Scene::of(vm);
     let silent = scene.vm.expect(1, &["snapshot", "create", "guest", "none", "--quiesce"]);
@@ -240,10 +243,6 @@ fn a_guest_that_is_frozen_is_thawed(version: QemuVersion) {
     are_sound(&scene.vm);
     scene.end();
 }
-
-/// A disk with a file system that QEMU's own agent freezes.
-const WITH_AGENT: &str =
-    "[[disk]]\nid = \"data\"\npath = \"data.img\"\n[[channel]]\nid = \"ga\"\nguest_agent = true\n";
 
 /// By the real `qemu-ga`: what the guest has only in its memory is in a snapshot that is quiet, and in no other; and it is thawed by whoever comes next.
 fn frozen_by_qemus_own_agent(version: QemuVersion) {

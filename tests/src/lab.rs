@@ -1,12 +1,12 @@
 //! The hardware lab: one emulated host with IOMMU, SR-IOV, USB, vDPA, vhost-scsi, failing disks, bridges and KVM, in which tests run as root.
 //!
 //! ```text
-//!  L0  this machine: cargo test ── boots once per run ──┐
+//!  L0  this machine: cargo test ── boots two per run ───┐
 //!  L1  the lab host: the same test program, as root  <──┘  [`inside`] sends a test there, its output streams back
 //!  L2  the guest that qvirt, run by that test, boots under the lab's KVM
 //! ```
 //!
-//! A lab test is a plain test whose body is a closure given to [`inside`]. Run by cargo, it boots the lab host or takes the one that is up, has the
+//! A lab test is a plain test whose body is a closure given to [`inside`]. Run by cargo, it boots a lab host or takes one that no other test has, has the
 //! same program run the same test there, and passes on what that printed; inside, the closure runs. So steps are Rust, and no
 //! second copy of anything exists. What the lab has ready, by name, is in [`host`]; how it is made is `integration-images/README.md`.
 //!

@@ -24,6 +24,9 @@ const PATIENCE: Duration = Duration::from_secs(150);
 /// How long processes may take to end.
 const ENDING: Duration = Duration::from_secs(15);
 
+/// Memory that other processes share, as VDUSE and vhost-user want it: for [`Vm::with_memory`].
+pub const SHARED: &str = "{ size = \"256MiB\", shared = true }";
+
 /// The table of a channel to the guest's agent. It spares a guest whose every byte on a serial port is dear, as in the lab.
 pub const AGENT_CHANNEL: &str = "[[channel]]\nid = \"agent\"\nname = \"org.qvirt.agent\"\n\n";
 

@@ -144,7 +144,7 @@ pub enum JobChange {
 pub enum Chain {
     /// Compare what is known of a VM's snapshots with its images; exit code 1 if something is wrong
     ///
-    /// Paths and headers of backing files, overlays that are gone, not finished, of no use any more, or not known, say because that file was lost.
+    /// Paths and headers of backing files, overlays that are gone, not finished, of no use any more, or not known, say because that file was lost. Of a running VM also what QEMU has open: images that it lacks, nodes whose file is gone, nodes of no disk.
     Check {
         /// The VM, or a VM file
         vm: String,
