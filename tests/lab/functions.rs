@@ -319,8 +319,88 @@ fn the_host_is_made_ready_by_commands() {
     });
 }
 
+/// Runs a command that changes the host, each of its steps failing and each of them the last of a command that dies there. All is as before then, at
+/// once and after `recover`. Gives the number of its steps; with them done it has run.
+fn each_step_of_a_command_is_undone(vm: &Vm, words: &[&str], state: impl Fn() -> Value) -> u32 {
+    let before = state();
+    for number in 1.. {
+        let step = format!("host:{number}");
+        let failed = vm.qvirt_with(&[("QVIRT_FAIL_STEP", &step)], words);
+        if !failed.stderr.contains("failed on purpose") {
+            println!("$ qvirt {}: {} steps\n{failed}", words.join(" "), number - 1);
+            return number - 1;
+        }
+        assert_eq!(state(), before, "{words:?} failed at step {number}: {failed}");
+        assert_eq!(vm.remains(), [""; 0], "{words:?} failed at step {number}");
+        vm.qvirt_with(&[("QVIRT_DIE_STEP", &step)], words);
+        let said = vm.ok(&["recover"]);
+        assert!(said.contains("a command on this host died at work; undone: "), "step {number}: {said}");
+        assert_eq!(state(), before, "{words:?} died at step {number}: {said}");
+        assert_eq!(vm.remains(), [""; 0], "{words:?} died at step {number}");
+    }
+    unreachable!("there are not so many numbers")
+}
+
+#[test]
+fn commands_that_fail_or_die_at_work_leave_the_host_as_it_was() {
+    inside(|| {
+        let pf = FREE_PF.function().expect("the lab's card");
+        let vm = Vm::new(QemuVersion::V10_0, HARDWARE, 1, "");
+        let (name, first, second) = (pf.to_string(), pf.vfs()[0].to_string(), pf.vfs()[1].to_string());
+        let state = || state_of(&vm, &pf);
+        let before = state();
+        let used = USED_PF.function().expect("another card");
+        let held = used.vfs()[1].to_string();
+        step("bind", || {
+            let words = ["host", "bind", &held, &first];
+            let drivers = || serde_json::json!([state(), state_of(&vm, &used)]);
+            assert_eq!(each_step_of_a_command_is_undone(&vm, &words, drivers), 3);
+            vm.ok(&["host", "unbind", &held, &first]);
+        });
+        step("the next command undoes it too", || {
+            vm.qvirt_with(&[("QVIRT_DIE_STEP", "host:2")], &["host", "bind", &first, &second]);
+            assert_eq!(pf.vfs()[0].driver().as_deref(), Some("vfio-pci"), "the first one was bound");
+            let output = vm.expect(0, &["host", "bind", &second]);
+            let word = format!("died at work; undone: {first} on its way to vfio-pci");
+            assert!(output.stderr.contains(&word), "{output}");
+            assert_eq!(pf.vfs()[0].driver(), None);
+            vm.ok(&["host", "unbind", &second]);
+            assert_eq!(state(), before);
+        });
+        step("a profile", || {
+            let words = ["host", "vf", &name, "1", "--mac", MAC, "--vlan", "12", "--trust", "on"];
+            assert_eq!(each_step_of_a_command_is_undone(&vm, &words, state), 2);
+            vm.ok(&["host", "vf", &name, "1", "--null-mac", "--vlan", "0", "--trust", "off"]);
+            assert_eq!(state(), before);
+        });
+    });
+}
+
 mod soak {
     use super::*;
+
+    #[test]
+    fn commands_that_make_functions_and_vdpa_devices_leave_the_host_as_it_was() {
+        inside(|| {
+            let pf = FREE_PF.function().expect("the lab's card");
+            let vm = Vm::new(QemuVersion::V10_0, HARDWARE, 1, "");
+            let (name, first) = (pf.to_string(), pf.vfs()[0].to_string());
+            let state = || state_of(&vm, &pf);
+            let before = state();
+            step("a vendor's vDPA driver", || {
+                let mgmtdev = format!("pci/{first}");
+                let words = ["host", "vdpa", "add", "vdpa4", "--mgmtdev", &mgmtdev, "--driver", "igbvf"];
+                assert_eq!(each_step_of_a_command_is_undone(&vm, &words, state), 2);
+                assert_eq!(state(), before, "igbvf offers no vDPA");
+            });
+            step("the number of virtual functions", || {
+                let number = || pf.vfs().len().into();
+                let words = ["host", "sriov", &name, "--vfs", "2"];
+                assert_eq!(each_step_of_a_command_is_undone(&vm, &words, number), 4);
+                vm.ok(&["host", "sriov", &name, "--vfs", "4"]);
+            });
+        });
+    }
 
     #[test]
     fn owner_and_qemu_die_at_each_step_and_recover_gives_the_function_back() {

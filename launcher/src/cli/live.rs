@@ -11,6 +11,7 @@ use super::{Exit, Problem, print, target};
 use crate::adopt::{Life, end_qemu, kill_orphan, life};
 use crate::console::{Console, Until, User};
 use crate::folders::{Folders, VmName};
+use crate::host::begun::undo_of_the_dead;
 use crate::request;
 use crate::status::Status;
 
@@ -214,6 +215,8 @@ pub async fn recover(vm: Option<&VmName>, json: bool) -> Result<Exit, Problem> {
         let devices = crate::adopt::recover(&folders, vm)?;
         report.push(json!({"vm": vm, "devices": devices}));
     } else {
+        let undone = undo_of_the_dead(&folders)?;
+        report.extend(undone.iter().map(|change| json!({"undone": change.to_string()})));
         for vm in folders.with_runtime()? {
             if target::life_of(&folders, &vm)? == Life::Remains {
                 let devices = crate::adopt::recover(&folders, &vm)?;
@@ -225,6 +228,10 @@ pub async fn recover(vm: Option<&VmName>, json: bool) -> Result<Exit, Problem> {
         print::json(&report)?;
     } else {
         for entry in &report {
+            if let Some(change) = entry["undone"].as_str() {
+                println!("a command on this host died at work; undone: {change}");
+                continue;
+            }
             let devices: Vec<&str> =
                 entry["devices"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
             println!(

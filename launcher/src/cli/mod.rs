@@ -64,6 +64,12 @@ impl Problem {
     fn of(exit: Exit, error: &dyn std::error::Error) -> Problem {
         Problem { exit: exit as u8, message: chain(error) }
     }
+
+    /// With what went wrong because of it.
+    fn and(mut self, error: &dyn std::error::Error) -> Problem {
+        self.message = format!("{}; and {}", self.message, chain(error));
+        self
+    }
 }
 
 /// Errors that are a matter of exit code 1 wherever they come from.
@@ -79,6 +85,8 @@ failed!(
     std::io::Error,
     crate::folders::FoldersError,
     crate::folders::WriteError,
+    crate::host::begun::BegunError,
+    crate::injection::Injected,
     crate::locks::LockError,
     crate::control::ControlError,
     crate::console::ConsoleError,

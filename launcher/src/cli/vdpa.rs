@@ -5,11 +5,13 @@ use devices::bdf::HostBdf;
 use devices::units::Mac;
 use serde_json::{Value, json};
 
+use super::host::change::Host;
 use super::host::{Holders, dash};
 use super::{Exit, Problem, print};
+use crate::host::movable::Movable;
 use crate::host::sysfs::Sysfs;
 use crate::host::vdpa::{self, NewDevice, VdpaDevice, VdpaError};
-use crate::host::vendor_driver::{DriverError, Function};
+use crate::host::vfio;
 
 #[derive(Debug, Subcommand)]
 pub enum Vdpa {
@@ -65,17 +67,6 @@ impl From<VdpaError> for Problem {
             | VdpaError::Busy { .. }
             | VdpaError::Exists { .. } => Exit::Refused,
             _ => Exit::Failed,
-        };
-        Problem::of(exit, &error)
-    }
-}
-
-impl From<DriverError> for Problem {
-    fn from(error: DriverError) -> Problem {
-        let exit = match &error {
-            DriverError::NoDevice { .. } => Exit::Unknown,
-            DriverError::NoDriver { .. } | DriverError::ForGuest { .. } => Exit::Refused,
-            DriverError::Write { .. } | DriverError::NotTaken { .. } => Exit::Failed,
         };
         Problem::of(exit, &error)
     }
@@ -177,8 +168,9 @@ fn make(add: &AddVdpa, as_json: bool) -> Result<Exit, Problem> {
         max_pairs: *max_pairs,
         mtu: *mtu,
     };
+    let host = Host::to_change(*dry_run)?;
     let moving = match driver {
-        Some(driver) => Some((Function::find(&sysfs, function(mgmtdev)?, driver)?, driver)),
+        Some(driver) => Some((to_be_moved(&host, function(mgmtdev)?, driver)?, driver)),
         None => None,
     };
     let mut steps = Vec::new();
@@ -192,15 +184,31 @@ fn make(add: &AddVdpa, as_json: bool) -> Result<Exit, Problem> {
         vdpa::is_free(&new, moving.is_some())?;
         return say(true, as_json, &steps, None);
     }
-    let before = moving.as_ref().map(|(moving, driver)| moving.bind(driver)).transpose()?;
-    if let Err(error) = vdpa::add(&new) {
-        if let (Some((moving, _)), Some(before)) = (&moving, &before) {
-            moving.give_back(before)?;
+    let changes = moving.iter().map(|(moving, driver)| moving.change(driver)).collect();
+    host.make(changes, |work| {
+        if let Some((moving, driver)) = &moving {
+            work.enter("bind")?;
+            moving.bind(driver, &moving.place())?;
         }
-        return Err(error.into());
-    }
+        work.enter("add")?;
+        Ok(vdpa::add(&new)?)
+    })?;
     let made = vdpa::devices(&sysfs)?.into_iter().find(|device| device.name == *name);
     say(false, as_json, &steps, made.as_ref())
+}
+
+/// A function that nobody uses, on its way to a driver that the kernel has.
+fn to_be_moved<'a>(host: &'a Host, bdf: HostBdf, driver: &str) -> Result<Movable<'a>, Problem> {
+    let function = host.free(bdf)?;
+    host.sysfs.knows_driver(driver)?;
+    if function.driver().as_deref() == Some(vfio::DRIVER) {
+        let words = format!(
+            "{bdf} is bound to {}, for a guest that drives it itself: `qvirt host unbind {bdf}` first",
+            vfio::DRIVER
+        );
+        return Err(Problem::new(Exit::Refused, words));
+    }
+    Ok(function)
 }
 
 /// The PCI function of a management device.
@@ -216,8 +224,9 @@ fn function(mgmtdev: &str) -> Result<HostBdf, Problem> {
 
 fn delete(name: &str, release: bool, dry_run: bool, as_json: bool) -> Result<Exit, Problem> {
     let sysfs = Sysfs::default();
-    let found = vdpa::devices(&sysfs)?.into_iter().find(|device| device.name == name);
-    let device = found.ok_or_else(|| VdpaError::NoDevice { name: name.to_owned() })?;
+    let (found, others): (Vec<_>, Vec<_>) =
+        vdpa::devices(&sysfs)?.into_iter().partition(|device| device.name == name);
+    let device = found.into_iter().next().ok_or_else(|| VdpaError::NoDevice { name: name.to_owned() })?;
     if let Some(holder) =
         device.node.as_ref().and_then(|node| Holders::find().ok()?.of(node).map(str::to_owned))
     {
@@ -227,6 +236,13 @@ fn delete(name: &str, release: bool, dry_run: bool, as_json: bool) -> Result<Exi
     let released = match release {
         true => {
             let bdf = function(&device.mgmtdev)?;
+            if let Some(other) = others.iter().find(|other| other.mgmtdev == device.mgmtdev) {
+                let words = format!(
+                    "{bdf} has vDPA device {} too, which would go with its driver: delete that first, or leave out --release",
+                    other.name
+                );
+                return Err(Problem::new(Exit::Refused, words));
+            }
             steps.push(format!("give {bdf} to whichever driver the kernel chooses"));
             Some(bdf)
         }
@@ -235,7 +251,7 @@ fn delete(name: &str, release: bool, dry_run: bool, as_json: bool) -> Result<Exi
     if !dry_run {
         vdpa::delete(name)?;
         if let Some(bdf) = released {
-            Function::of(&sysfs, bdf)?.release()?;
+            Movable::find(&sysfs, bdf)?.give_to_anyone()?;
         }
     }
     say(dry_run, as_json, &steps, None)

@@ -2,13 +2,14 @@
 //! bindings are.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use devices::bdf::HostBdf;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::vfio::{DRIVER, Movable, VfioError};
+use super::movable::{Movable, MoveError, Place};
+use super::vfio::DRIVER;
 use crate::folders::{Folders, WriteError, make_private, write_volatile};
 use crate::process::BootId;
 
@@ -17,7 +18,7 @@ use crate::process::BootId;
 #[allow(missing_docs)]
 pub enum BoundError {
     #[error(transparent)]
-    Move(#[from] VfioError),
+    Move(#[from] MoveError),
     #[error("what {host} had could not be written down, so it was not moved")]
     Write { host: HostBdf, source: WriteError },
     #[error("the folder of what was bound")]
@@ -36,8 +37,31 @@ fn has(driver: &Option<String>) -> String {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Before {
     boot: BootId,
-    driver: Option<String>,
-    driver_override: Option<String>,
+    #[serde(flatten)]
+    place: Place,
+}
+
+/// The folder of what commands note of this host.
+pub(super) fn folder(folders: &Folders) -> PathBuf {
+    // A dot first: no VM is called so.
+    folders.run.join(".host")
+}
+
+/// Removes a note, and the folder with the last one.
+pub(super) fn remove(note: &Path) {
+    // One that stays is of what is no more: it is looked at, and written anew with the next.
+    let _ = fs::remove_file(note);
+    // While there are others, this fails.
+    let _ = note.parent().map(fs::remove_dir);
+}
+
+fn note(folder: &Path, host: HostBdf) -> PathBuf {
+    folder.join(format!("bound-{host}.json"))
+}
+
+/// Forgets what a function had, which it has again.
+pub(super) fn forget(folders: &Folders, host: HostBdf) {
+    remove(&note(&folder(folders), host));
 }
 
 /// The notes.
@@ -52,8 +76,7 @@ impl Bound {
     /// # Errors
     /// This boot has no id.
     pub fn of(folders: &Folders) -> Result<Bound, BoundError> {
-        // A dot first: no VM is called so.
-        Ok(Bound { folder: folders.run.join(".host"), boot: BootId::current()? })
+        Ok(Bound { folder: folder(folders), boot: BootId::current()? })
     }
 
     /// Binds a function to vfio-pci.
@@ -61,17 +84,17 @@ impl Bound {
     /// # Errors
     /// It has what it had.
     pub fn bind(&self, folders: &Folders, function: &Movable<'_>) -> Result<(), BoundError> {
-        let (driver, driver_override) = (function.driver(), function.driver_override());
-        if driver.as_deref() == Some(DRIVER) {
+        let place = function.place();
+        if place.driver.as_deref() == Some(DRIVER) {
             return Ok(());
         }
-        let before = Before { boot: self.boot.clone(), driver, driver_override };
+        let before = Before { boot: self.boot.clone(), place };
         let host = function.host();
         folders.make()?;
         make_private(&self.folder)?;
         let text = serde_json::to_vec(&before).expect("a struct of texts is JSON");
         write_volatile(&self.path(host), &text).map_err(|source| BoundError::Write { host, source })?;
-        let bound = function.bind(before.driver.as_deref(), before.driver_override.as_deref());
+        let bound = function.bind(DRIVER, &before.place);
         Ok(bound.inspect_err(|_| self.forget(host))?)
     }
 
@@ -80,23 +103,32 @@ impl Bound {
     /// # Errors
     /// It is not bound, or its driver does not take it.
     pub fn unbind(&self, function: &Movable<'_>) -> Result<(), BoundError> {
-        let (host, found) = (function.host(), function.driver());
-        if found.as_deref() != Some(DRIVER) {
-            return Err(BoundError::NotBound { host, found });
-        }
+        self.can_unbind(function)?;
+        let host = function.host();
         match self.before(host) {
-            Some(before) => {
-                function.give_back(before.driver.as_deref(), before.driver_override.as_deref())?
-            }
+            Some(before) => function.give_back(DRIVER, &before.place)?,
             None => function.give_to_anyone()?,
         }
         self.forget(host);
         Ok(())
     }
 
+    /// Whether a function is bound to vfio-pci, or to nothing by an `unbind` that died at work.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn can_unbind(&self, function: &Movable<'_>) -> Result<(), BoundError> {
+        let (host, found) = (function.host(), function.driver());
+        match found.as_deref() {
+            Some(DRIVER) => Ok(()),
+            None if self.before(host).is_some() => Ok(()),
+            _ => Err(BoundError::NotBound { host, found }),
+        }
+    }
+
     /// The driver that a function would get back; `None` if that is not known.
     pub fn driver_before(&self, host: HostBdf) -> Option<Option<String>> {
-        self.before(host).map(|before| before.driver)
+        self.before(host).map(|before| before.place.driver)
     }
 
     fn before(&self, host: HostBdf) -> Option<Before> {
@@ -105,13 +137,10 @@ impl Bound {
     }
 
     fn forget(&self, host: HostBdf) {
-        // One that stays is of a binding that is no more, and is written anew with the next.
-        let _ = fs::remove_file(self.path(host));
-        // While there are others, this fails.
-        let _ = fs::remove_dir(&self.folder);
+        remove(&self.path(host));
     }
 
     fn path(&self, host: HostBdf) -> PathBuf {
-        self.folder.join(format!("bound-{host}.json"))
+        note(&self.folder, host)
     }
 }

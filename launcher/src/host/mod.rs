@@ -1,10 +1,12 @@
 //! The host's side of devices: interfaces, switches, vhost nodes, and meeting what a device needs of them; huge pages for the memory; and what PCI and
 //! USB devices, vDPA devices and targets of vhost-scsi there are.
 
+pub mod begun;
 pub mod bound;
 pub mod genl;
 pub mod io_proxy;
 pub mod link;
+pub mod movable;
 pub mod names;
 pub mod need;
 pub mod ovs;
@@ -16,6 +18,5 @@ pub mod sysfs;
 pub mod tap;
 pub mod usb;
 pub mod vdpa;
-pub mod vendor_driver;
 pub mod vfio;
 pub mod vhost;

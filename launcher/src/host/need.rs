@@ -16,13 +16,14 @@ use thiserror::Error;
 
 use super::io_proxy;
 use super::link::{self, BadLinkName, LinkError, LinkName};
+use super::movable::{Movable, MoveError, Place};
 use super::ovs::{NewPort, Ovs, OvsError};
 use super::scsi_target::{self, ScsiTargetError};
 use super::sysfs::Sysfs;
 use super::tap::{self, Create, TapError};
 use super::usb::{UsbError, taken};
 use super::vdpa::{self, NewDevice, VdpaError};
-use super::vfio::{self, Movable, VfioError};
+use super::vfio::{self, VfioError};
 use super::vhost::{VhostError, open_vhost_net};
 use crate::folders::VmName;
 use crate::lease::{Holder, LeaseError, LeaseKey, Leases, Mode, look};
@@ -68,6 +69,9 @@ pub enum NeedError {
     /// A PCI function.
     #[error(transparent)]
     Vfio(#[from] VfioError),
+    /// Its driver.
+    #[error(transparent)]
+    Move(#[from] MoveError),
     /// The USB device.
     #[error(transparent)]
     Usb(#[from] UsbError),
@@ -193,7 +197,7 @@ impl Host {
                 let sysfs = Sysfs::default();
                 let function = Movable::find(&sysfs, *host)?;
                 self.vfs_are_free(*host, &function.vfs())?;
-                function.bind(before.as_deref(), override_before.as_deref())?;
+                function.bind(vfio::DRIVER, &place(before, override_before))?;
                 Ok(Vec::new())
             }
             HostNeed::VfProfile { pf, index, wanted, .. } => {
@@ -238,8 +242,8 @@ impl Host {
                 let sysfs = Sysfs::default();
                 match Movable::find(&sysfs, *host) {
                     // Its card was pulled, or its virtual functions were switched off.
-                    Err(VfioError::NoDevice { .. }) => Ok(()),
-                    function => Ok(function?.give_back(before.as_deref(), override_before.as_deref())?),
+                    Err(MoveError::NoDevice { .. }) => Ok(()),
+                    function => Ok(function?.give_back(vfio::DRIVER, &place(before, override_before))?),
                 }
             }
             HostNeed::VfProfile { pf, index, before, wanted } => {
@@ -364,6 +368,10 @@ impl Host {
         link::set_mtu(ifindex, bridge.mtu)?;
         Ok(link::set_master(ifindex, &switch.bridge)?)
     }
+}
+
+fn place(driver: &Option<String>, driver_override: &Option<String>) -> Place {
+    Place { driver: driver.clone(), driver_override: driver_override.clone() }
 }
 
 /// QEMU removes what lies there before it binds, so what somebody uses must not lie there.

@@ -13,6 +13,7 @@ use super::link::{self, LinkError};
 use super::pci::{PciDevice, PciError};
 use super::sysfs::{Sysfs, link as link_of, names};
 use super::vfio::Users;
+use crate::injection::{Injected, Steps};
 
 /// Why there are not as many virtual functions as were asked for.
 #[derive(Debug, Error)]
@@ -34,6 +35,8 @@ pub enum SriovError {
     Write { path: PathBuf, number: u32, source: io::Error },
     #[error(transparent)]
     Link(#[from] LinkError),
+    #[error(transparent)]
+    Injected(#[from] Injected),
 }
 
 fn counted(number: usize) -> String {
@@ -81,22 +84,27 @@ impl Sysfs {
     /// Gives a physical function so many virtual ones, and sets its interface up. Nothing is done where it has them.
     ///
     /// # Errors
-    /// They are too many, one that there is now is in use, or the kernel refuses; it has as many as before then.
-    pub fn set_vfs(&self, pf: &PciDevice, number: u32, users: &Users) -> Result<(), SriovError> {
+    /// They are too many, one that there is now is in use, or the kernel refuses.
+    pub fn set_vfs(
+        &self,
+        pf: &PciDevice,
+        number: u32,
+        users: &Users,
+        steps: &mut Steps,
+    ) -> Result<(), SriovError> {
         self.can_set_vfs(pf, number, users)?;
         let before = u32::try_from(pf.vfs.len()).unwrap_or(u32::MAX);
         if before != number {
             if before != 0 {
+                steps.enter("none")?;
                 self.write_vfs(pf, 0)?;
             }
-            if number != 0
-                && let Err(error) = self.write_vfs(pf, number)
-            {
-                // As many as there were can be had again.
-                let _ = self.write_vfs(pf, before);
-                return Err(error);
+            if number != 0 {
+                steps.enter("number")?;
+                self.write_vfs(pf, number)?;
             }
         }
+        steps.enter("up")?;
         for netdev in pf.netdevs.iter().filter(|_| number != 0) {
             let link = link::show(netdev)?;
             if !link.up {

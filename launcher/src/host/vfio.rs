@@ -1,13 +1,7 @@
-//! Taking PCI functions from their drivers for VFIO, and giving them back; and what planning must know of them.
-//!
-//! `driver_override` names the one driver that may have a function, so that no other function of its kind moves. The inverse looks at the world first:
-//! a function that somebody else has moved meanwhile stays where it is.
+//! PCI functions that guests are to have: what planning must know of them, who uses them, and the profiles of virtual ones.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use devices::DeviceConfig;
 use devices::bdf::HostBdf;
@@ -17,28 +11,21 @@ use thiserror::Error;
 use tracing::warn;
 
 use super::link::{self, LinkError, vf};
+use super::movable::{MoveError, override_of};
 use super::pci::{PciDevice, PciError};
-use super::sysfs::{Sysfs, link as link_of, names, text};
+use super::sysfs::{Sysfs, names, text};
 use crate::lease::{LeaseKey, Leases, Staleness, look};
 use crate::users;
 
 /// The driver that holds a function for a guest.
 pub const DRIVER: &str = "vfio-pci";
 
-/// Why a function could not be moved, or its profile not be set.
+/// Why a function cannot be had, or its profile not be set.
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
 pub enum VfioError {
-    #[error("the host has no PCI device {host}: `qvirt host pci` lists them")]
-    NoDevice { host: HostBdf },
-    #[error("the kernel has no driver {DRIVER}{}: install its module (`modprobe {DRIVER}` must work)", said(.reason))]
-    NoDriver { reason: String },
-    #[error("{} cannot be written, to move {host}: {}", path.display(), remedy(.source))]
-    Write { host: HostBdf, path: PathBuf, source: io::Error },
-    #[error("{driver} did not take {host}{}: `dmesg` may say why", instead(.found))]
-    NotTaken { host: HostBdf, driver: String, found: Option<String> },
-    #[error("{host} has {} now, not {}: it was moved meanwhile, so try again", or_none(.found), or_none(.expected))]
-    Moved { host: HostBdf, expected: Option<String>, found: Option<String> },
+    #[error(transparent)]
+    Move(#[from] MoveError),
     #[error("{host} is a physical function whose virtual function {vf} is used by {holder}: free that first")]
     VfInUse { host: HostBdf, vf: HostBdf, holder: String },
     #[error("{node} is open in {holder}: IOMMU group {group} can be used by one at a time; end that first")]
@@ -55,25 +42,6 @@ pub enum VfioError {
     Link(#[from] LinkError),
     #[error("{name} did not take the profile of virtual function {index}: it has {found:?}, not {wanted:?}")]
     Profile { name: String, index: u32, found: Box<Option<VfProfile>>, wanted: Box<VfProfile> },
-}
-
-fn said(reason: &str) -> String {
-    if reason.is_empty() { String::new() } else { format!(" ({reason})") }
-}
-
-fn instead(found: &Option<String>) -> String {
-    found.as_ref().map(|driver| format!("; {driver} has it")).unwrap_or_default()
-}
-
-fn or_none(driver: &Option<String>) -> String {
-    driver.clone().unwrap_or_else(|| "no driver".to_owned())
-}
-
-fn remedy(error: &io::Error) -> String {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => format!("{error}; drivers are bound as root"),
-        _ => error.to_string(),
-    }
 }
 
 /// Adds what planning must know of this host's functions; nothing where no device passes one through. Looks at all processes, so not for the
@@ -168,10 +136,6 @@ fn function(sysfs: &Sysfs, device: &PciDevice, all: &[PciDevice]) -> HostFunctio
     }
 }
 
-fn override_of(folder: &Path) -> Option<String> {
-    text(&folder.join("driver_override")).filter(|driver| driver != "(null)")
-}
-
 /// Who uses which function, by leases and by open VFIO groups.
 pub struct Users {
     leased: BTreeMap<String, String>,
@@ -223,151 +187,6 @@ pub fn group_is_free(group: u32) -> Result<(), VfioError> {
             Err(VfioError::Busy { node: node.display().to_string(), group, holder: users::name(pid) })
         }
         None => Ok(()),
-    }
-}
-
-/// A function in sysfs, to be moved between drivers.
-pub struct Movable<'a> {
-    sysfs: &'a Sysfs,
-    host: HostBdf,
-    folder: PathBuf,
-}
-
-impl<'a> Movable<'a> {
-    /// The function.
-    ///
-    /// # Errors
-    /// There is none.
-    pub fn find(sysfs: &'a Sysfs, host: HostBdf) -> Result<Movable<'a>, VfioError> {
-        let folder = sysfs.path("bus/pci/devices").join(host.to_string());
-        if !folder.exists() {
-            return Err(VfioError::NoDevice { host });
-        }
-        Ok(Movable { sysfs, host, folder })
-    }
-
-    /// Where it is.
-    pub fn host(&self) -> HostBdf {
-        self.host
-    }
-
-    /// The driver that holds it.
-    pub fn driver(&self) -> Option<String> {
-        link_of(&self.folder.join("driver"))
-    }
-
-    /// The one driver that may have it.
-    pub fn driver_override(&self) -> Option<String> {
-        override_of(&self.folder)
-    }
-
-    /// Its virtual functions.
-    pub fn vfs(&self) -> Vec<HostBdf> {
-        super::pci::virtual_functions(&self.folder)
-    }
-
-    /// Binds it to vfio-pci, if it still has the driver that it was planned with. Inverse: [`Movable::give_back`].
-    ///
-    /// # Errors
-    /// It is back with the driver it had, as far as that can be done.
-    pub fn bind(&self, before: Option<&str>, override_before: Option<&str>) -> Result<(), VfioError> {
-        let found = self.driver();
-        if found.as_deref() == Some(DRIVER) {
-            return Ok(());
-        }
-        if found.as_deref() != before {
-            return Err(VfioError::Moved { host: self.host, expected: before.map(str::to_owned), found });
-        }
-        self.has_driver()?;
-        self.move_to(DRIVER).inspect_err(|_| {
-            if let Err(error) = self.give_back(before, override_before) {
-                warn!(host = %self.host, %error, "it could not be given back");
-            }
-        })
-    }
-
-    /// Gives it back to the driver that it had, unless somebody else has moved it.
-    ///
-    /// # Errors
-    /// The driver does not take it; trying again later is safe.
-    pub fn give_back(&self, before: Option<&str>, override_before: Option<&str>) -> Result<(), VfioError> {
-        match self.driver() {
-            // Whoever died, or failed, before it was moved has left our override at most.
-            Some(driver) if Some(driver.as_str()) == before => {
-                if self.driver_override().as_deref() != Some(DRIVER) {
-                    return Ok(());
-                }
-            }
-            Some(driver) if driver != DRIVER => {
-                warn!(host = %self.host, driver, "somebody else has bound it meanwhile: it stays there");
-                return Ok(());
-            }
-            found => {
-                // Bound to nothing by us a moment ago, or by whoever died in between.
-                if found.is_some() {
-                    self.unbind()?;
-                }
-                if let Some(driver) = before {
-                    self.move_to(driver)?;
-                }
-            }
-        }
-        self.set_override(override_before)
-    }
-
-    /// Gives it to the driver that the kernel finds for it, if it finds one.
-    ///
-    /// # Errors
-    /// sysfs cannot be written.
-    pub fn give_to_anyone(&self) -> Result<(), VfioError> {
-        self.unbind()?;
-        self.set_override(None)?;
-        self.write(&self.sysfs.path("bus/pci/drivers_probe"), &self.host.to_string())
-    }
-
-    fn move_to(&self, driver: &str) -> Result<(), VfioError> {
-        self.set_override(Some(driver))?;
-        if self.driver().is_some() {
-            self.unbind()?;
-        }
-        self.write(&self.sysfs.path("bus/pci/drivers_probe"), &self.host.to_string())?;
-        match self.driver() {
-            Some(found) if found == driver => Ok(()),
-            found => Err(VfioError::NotTaken { host: self.host, driver: driver.to_owned(), found }),
-        }
-    }
-
-    /// Takes it from its driver.
-    fn unbind(&self) -> Result<(), VfioError> {
-        self.write(&self.folder.join("driver/unbind"), &self.host.to_string())
-    }
-
-    fn set_override(&self, driver: Option<&str>) -> Result<(), VfioError> {
-        // Who may not write it has not changed it either.
-        if self.driver_override().as_deref() == driver {
-            return Ok(());
-        }
-        // An empty line clears it.
-        self.write(&self.folder.join("driver_override"), &format!("{}\n", driver.unwrap_or_default()))
-    }
-
-    fn write(&self, path: &Path, text: &str) -> Result<(), VfioError> {
-        let failed = |source| VfioError::Write { host: self.host, path: path.to_owned(), source };
-        fs::write(path, text).map_err(failed)
-    }
-
-    /// The driver is a module, as a rule, which nobody has loaded on a host that passes nothing through yet.
-    fn has_driver(&self) -> Result<(), VfioError> {
-        let there = || self.sysfs.path("bus/pci/drivers").join(DRIVER).exists();
-        if there() {
-            return Ok(());
-        }
-        let reason = match Command::new("modprobe").arg(DRIVER).output() {
-            Ok(_) if there() => return Ok(()),
-            Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
-            Err(error) => format!("modprobe: {error}"),
-        };
-        Err(VfioError::NoDriver { reason })
     }
 }
 

@@ -8,19 +8,32 @@ use super::super::args::VfChange;
 use super::super::{Exit, Problem, print};
 use super::dash;
 use crate::folders::Folders;
+use crate::host::begun::{Begun, Change, undo_of_the_dead};
 use crate::host::bound::{Bound, BoundError};
 use crate::host::link::{self, LinkError};
+use crate::host::movable::{Movable, MoveError};
 use crate::host::pci::{PciDevice, PciError};
 use crate::host::sriov::SriovError;
 use crate::host::sysfs::Sysfs;
-use crate::host::vfio::{self, DRIVER, Movable, Users, VfioError};
+use crate::host::vfio::{self, DRIVER, Users, VfioError};
+use crate::injection::Steps;
 use crate::lease::Leases;
 
 impl From<VfioError> for Problem {
     fn from(error: VfioError) -> Problem {
         let exit = match &error {
-            VfioError::NoDevice { .. } => Exit::Unknown,
             VfioError::VfInUse { .. } | VfioError::Busy { .. } | VfioError::Down { .. } => Exit::Refused,
+            _ => Exit::Failed,
+        };
+        Problem::of(exit, &error)
+    }
+}
+
+impl From<MoveError> for Problem {
+    fn from(error: MoveError) -> Problem {
+        let exit = match &error {
+            MoveError::NoDevice { .. } => Exit::Unknown,
+            MoveError::NoDriver { .. } => Exit::Refused,
             _ => Exit::Failed,
         };
         Problem::of(exit, &error)
@@ -56,13 +69,23 @@ impl From<LinkError> for Problem {
 }
 
 /// What this user's `qvirt` needs to know before it changes anything.
-struct Host {
-    sysfs: Sysfs,
+pub(in crate::cli) struct Host {
+    pub(in crate::cli) sysfs: Sysfs,
     folders: Folders,
     users: Users,
 }
 
 impl Host {
+    /// Looks, and if something is to be changed undoes what a command has left that died at that.
+    pub(in crate::cli) fn to_change(dry_run: bool) -> Result<Host, Problem> {
+        if !dry_run {
+            for change in undo_of_the_dead(&Folders::find()?)? {
+                eprintln!("qvirt: a command on this host died at work; undone: {change}");
+            }
+        }
+        Host::look()
+    }
+
     fn look() -> Result<Host, Problem> {
         let folders = Folders::find()?;
         let leases = Leases::open(&folders.leases).map_err(|error| Problem::of(Exit::Failed, &error))?;
@@ -73,8 +96,34 @@ impl Host {
         self.users.of(host, self.sysfs.iommu_group_of(host))
     }
 
+    /// Makes changes: all of them, or none.
+    pub(in crate::cli) fn make<T>(
+        &self,
+        changes: Vec<Change>,
+        make: impl FnOnce(&mut Steps) -> Result<T, Problem>,
+    ) -> Result<T, Problem> {
+        let begun = Begun::note(&self.folders, changes)?;
+        let mut steps = Steps::of("host");
+        let made = make(&mut steps).and_then(|value| {
+            steps.enter("done")?;
+            Ok(value)
+        });
+        match made {
+            Ok(value) => {
+                begun.done();
+                Ok(value)
+            }
+            Err(error) => {
+                if let Err(undo) = begun.undo(&self.folders, &self.users) {
+                    return Err(error.and(&undo));
+                }
+                Err(error)
+            }
+        }
+    }
+
     /// A function that nobody uses, nor one of its virtual functions.
-    fn free(&self, host: HostBdf) -> Result<Movable<'_>, Problem> {
+    pub(in crate::cli) fn free(&self, host: HostBdf) -> Result<Movable<'_>, Problem> {
         let function = Movable::find(&self.sysfs, host)?;
         if let Some(holder) = self.user(host) {
             return Err(Problem::new(
@@ -93,7 +142,7 @@ impl Host {
 
 /// `qvirt host bind`: all of them, or none.
 pub fn bind(hosts: &[HostBdf], dry_run: bool, as_json: bool) -> Result<Exit, Problem> {
-    let host = Host::look()?;
+    let host = Host::to_change(dry_run)?;
     let functions: Vec<Movable<'_>> = hosts.iter().map(|bdf| host.free(*bdf)).collect::<Result<_, _>>()?;
     let before: Vec<Option<String>> = functions.iter().map(Movable::driver).collect();
     if hosts.iter().any(|bdf| host.sysfs.iommu_group_of(*bdf).is_none()) {
@@ -101,15 +150,13 @@ pub fn bind(hosts: &[HostBdf], dry_run: bool, as_json: bool) -> Result<Exit, Pro
     }
     if !dry_run {
         let bound = Bound::of(&host.folders)?;
-        for (index, function) in functions.iter().enumerate() {
-            let Err(error) = bound.bind(&host.folders, function) else { continue };
-            for (function, driver) in functions[..index].iter().zip(&before).rev() {
-                if driver.as_deref() != Some(DRIVER) {
-                    bound.unbind(function)?;
-                }
-            }
-            return Err(error.into());
-        }
+        let new = functions.iter().filter(|function| function.driver().as_deref() != Some(DRIVER));
+        host.make(new.map(|function| function.change(DRIVER)).collect(), |steps| {
+            functions.iter().try_for_each(|function| {
+                steps.enter("bind")?;
+                Ok(bound.bind(&host.folders, function)?)
+            })
+        })?;
     }
     let after = hosts.iter().map(|_| Some(DRIVER.to_owned()));
     moved(hosts, &before, after, dry_run, as_json)
@@ -117,15 +164,11 @@ pub fn bind(hosts: &[HostBdf], dry_run: bool, as_json: bool) -> Result<Exit, Pro
 
 /// `qvirt host unbind`: one after the other.
 pub fn unbind(hosts: &[HostBdf], dry_run: bool, as_json: bool) -> Result<Exit, Problem> {
-    let host = Host::look()?;
+    let host = Host::to_change(dry_run)?;
     let functions: Vec<Movable<'_>> = hosts.iter().map(|bdf| host.free(*bdf)).collect::<Result<_, _>>()?;
     let before: Vec<Option<String>> = functions.iter().map(Movable::driver).collect();
     let bound = Bound::of(&host.folders)?;
-    for (function, found) in functions.iter().zip(&before) {
-        if found.as_deref() != Some(DRIVER) {
-            return Err(BoundError::NotBound { host: function.host(), found: found.clone() }.into());
-        }
-    }
+    functions.iter().try_for_each(|function| bound.can_unbind(function))?;
     if dry_run {
         let after = hosts
             .iter()
@@ -159,7 +202,7 @@ fn moved(
 
 /// `qvirt host sriov`
 pub fn sriov(name: &str, number: Option<u32>, dry_run: bool, as_json: bool) -> Result<Exit, Problem> {
-    let host = Host::look()?;
+    let host = Host::to_change(dry_run || number.is_none())?;
     let pf = host.sysfs.pf(name)?;
     let Some(number) = number else { return show(&host, &pf, as_json) };
     if dry_run {
@@ -171,7 +214,11 @@ pub fn sriov(name: &str, number: Option<u32>, dry_run: bool, as_json: bool) -> R
         }
         return Ok(Exit::Done);
     }
-    host.sysfs.set_vfs(&pf, number, &host.users)?;
+    host.sysfs.can_set_vfs(&pf, number, &host.users)?;
+    let before = u32::try_from(pf.vfs.len()).unwrap_or(u32::MAX);
+    host.make(vec![Change::Vfs { pf: pf.bdf, before }], |steps| {
+        Ok(host.sysfs.set_vfs(&pf, number, &host.users, steps)?)
+    })?;
     show(&host, &host.sysfs.pf(name)?, as_json)
 }
 
@@ -228,7 +275,7 @@ fn told(profile: Option<&VfProfile>) -> Vec<String> {
 
 /// `qvirt host vf`
 pub fn vf(change: &VfChange) -> Result<Exit, Problem> {
-    let host = Host::look()?;
+    let host = Host::to_change(change.dry_run)?;
     let pf = host.sysfs.pf(&change.pf)?;
     let (index, found) = (change.index, pf.vfs.len());
     let vf = usize::try_from(index).ok().and_then(|index| pf.vfs.get(index)).copied();
@@ -249,12 +296,12 @@ pub fn vf(change: &VfChange) -> Result<Exit, Problem> {
     let link = vfio::interface(&host.sysfs, pf.bdf)?;
     let before = vfio::profile_of(&link.name, index)?.unwrap_or_default();
     let wanted = settings.over(&before);
-    if !change.dry_run
-        && let Err(error) = vfio::set_profile(&host.sysfs, pf.bdf, index, &wanted)
-    {
-        // Whatever was set before it failed.
-        vfio::restore_profile(&host.sysfs, pf.bdf, index, &before, &wanted)?;
-        return Err(error.into());
+    if !change.dry_run {
+        let profile = Change::VfProfile { pf: pf.bdf, index, before: before.clone(), wanted: wanted.clone() };
+        host.make(vec![profile], |steps| {
+            steps.enter("profile")?;
+            Ok(vfio::set_profile(&host.sysfs, pf.bdf, index, &wanted)?)
+        })?;
     }
     if change.json {
         let profiles = json!({"bdf": vf, "before": before, "after": wanted, "dry_run": change.dry_run});

@@ -1,6 +1,6 @@
 //! `qvirt host`: what this host has to give to VMs, and making it ready for that (`change`). Asks the host, not an owner.
 
-mod change;
+pub(super) mod change;
 
 use std::collections::BTreeMap;
 use std::io::Write;

@@ -36,13 +36,16 @@ fn an_accelerator_has_63_at_most_and_none_is_taken_from_its_user() {
         sysfs.pf("0000:79:00.1").is_err_and(|e| e.to_string().contains("no physical function 0000:79:00.1"))
     );
     let nobody = Users::of_leases(BTreeMap::new());
-    let error = sysfs.set_vfs(&pf, 64, &nobody).expect_err("too many").to_string();
+    let error = sysfs.set_vfs(&pf, 64, &nobody, &mut Steps::of("host")).expect_err("too many").to_string();
     assert!(error.contains("63 virtual functions at most"), "{error}");
     let holders = BTreeMap::from([("0000:79:00.1".to_owned(), "VM web as hpre0".to_owned())]);
-    let error = sysfs.set_vfs(&pf, 0, &Users::of_leases(holders)).expect_err("in use").to_string();
+    let error = sysfs
+        .set_vfs(&pf, 0, &Users::of_leases(holders), &mut Steps::of("host"))
+        .expect_err("in use")
+        .to_string();
     assert!(error.contains("0000:79:00.1 of 0000:79:00.0 is used by VM web as hpre0"), "{error}");
     let number = || fs::read_to_string(temp.path().join("bus/pci/devices/0000:79:00.0/sriov_numvfs"));
     assert_eq!(number().expect("a file").trim(), "1", "nothing was written");
-    sysfs.set_vfs(&pf, 63, &nobody).expect("as many as there may be");
+    sysfs.set_vfs(&pf, 63, &nobody, &mut Steps::of("host")).expect("as many as there may be");
     assert_eq!(number().expect("a file"), "63");
 }

@@ -1,70 +1,10 @@
-//! On a tree like sysfs, where a driver takes nothing by itself: what is written, and what is left alone. Real functions are moved in the lab.
+//! Profiles that others changed too, and accelerators, which no lab has. Real functions are used in the lab.
 
-use std::os::unix::fs::symlink;
+use std::fs;
 
 use devices::vf::Rate;
 
 use super::*;
-
-/// A tree with one function that `driver` holds.
-fn tree(driver: Option<&str>) -> (tempfile::TempDir, HostBdf) {
-    let temp = tempfile::tempdir().expect("a folder");
-    let folder = temp.path().join("bus/pci/devices/0000:04:10.1");
-    fs::create_dir_all(&folder).expect("a folder");
-    for known in ["igbvf", DRIVER] {
-        let folder = temp.path().join("bus/pci/drivers").join(known);
-        fs::create_dir_all(&folder).expect("a folder");
-        fs::write(folder.join("unbind"), "").expect("a file");
-    }
-    fs::write(folder.join("driver_override"), "(null)\n").expect("a file");
-    fs::write(temp.path().join("bus/pci/drivers_probe"), "").expect("a file");
-    if let Some(driver) = driver {
-        symlink(format!("../../drivers/{driver}"), folder.join("driver")).expect("a link");
-    }
-    (temp, "0000:04:10.1".parse().expect("an address"))
-}
-
-#[test]
-fn what_was_moved_meanwhile_is_neither_taken_nor_given_back() {
-    let (temp, host) = tree(Some("igbvf"));
-    let sysfs = Sysfs::below(temp.path());
-    let function = Movable::find(&sysfs, host).expect("it is there");
-    assert_eq!((function.driver().as_deref(), function.driver_override()), (Some("igbvf"), None));
-    let error = function.bind(Some("ixgbevf"), None).expect_err("another driver").to_string();
-    assert!(error.contains("has igbvf now, not ixgbevf"), "{error}");
-    function.give_back(Some("ixgbevf"), None).expect("it is somebody else's");
-    assert_eq!(function.driver_override(), None, "nothing was written");
-    assert_eq!(fs::read_to_string(temp.path().join("bus/pci/drivers/igbvf/unbind")).expect("a file"), "");
-    let missing = Movable::find(&sysfs, "0000:04:10.2".parse().expect("an address")).err().expect("none");
-    assert!(missing.to_string().contains("`qvirt host pci`"), "{missing}");
-}
-
-#[test]
-fn a_driver_that_takes_nothing_is_said_and_the_override_is_as_it_was() {
-    let (temp, host) = tree(None);
-    let sysfs = Sysfs::below(temp.path());
-    let function = Movable::find(&sysfs, host).expect("it is there");
-    let error = function.bind(None, Some("pci-stub")).expect_err("no kernel is here").to_string();
-    assert!(error.contains("vfio-pci did not take 0000:04:10.1"), "{error}");
-    assert_eq!(function.driver_override().as_deref(), Some("pci-stub"));
-    assert_eq!(
-        fs::read_to_string(temp.path().join("bus/pci/drivers_probe")).expect("a file"),
-        "0000:04:10.1"
-    );
-}
-
-#[test]
-fn an_override_of_ours_goes_also_where_the_driver_never_changed() {
-    let (temp, host) = tree(Some("igbvf"));
-    let sysfs = Sysfs::below(temp.path());
-    let function = Movable::find(&sysfs, host).expect("it is there");
-    let file = temp.path().join("bus/pci/devices/0000:04:10.1/driver_override");
-    for (left, expected) in [("vfio-pci\n", "\n"), ("pci-stub\n", "pci-stub\n"), ("(null)\n", "(null)\n")] {
-        fs::write(&file, left).expect("a file");
-        function.give_back(Some("igbvf"), None).expect("it has its driver");
-        assert_eq!(fs::read_to_string(&file).expect("a file"), expected, "after {left:?}");
-    }
-}
 
 #[test]
 fn settings_that_somebody_else_changed_stay() {
@@ -77,8 +17,10 @@ fn settings_that_somebody_else_changed_stay() {
 
 #[test]
 fn an_accelerator_is_known_by_its_ids_and_by_the_kernels_word() {
-    let (temp, host) = tree(None);
+    let temp = tempfile::tempdir().expect("a folder");
+    let host: HostBdf = "0000:04:10.1".parse().expect("an address");
     let folder = temp.path().join("bus/pci/devices/0000:04:10.1");
+    fs::create_dir_all(&folder).expect("a folder");
     let config: DeviceConfig =
         serde_json::from_value(serde_json::json!({"vfio": {"host": "0000:04:10.1"}})).expect("a config");
     let seen = |vendor: &str, device: &str| {
