@@ -54,8 +54,9 @@ lint: ## format, clippy and documentation, warnings being errors
 record: images ## tests/recorded/ anew, from the QEMUs under target/images
 	@integration-images/record-schemas
 
-soak: images build ## what `make test` leaves out of each matrix, and the tests named soak with QVIRT_ROUNDS=$(ROUNDS) rounds
+soak: images build ## what `make test` leaves out of each matrix, the tests named soak with QVIRT_ROUNDS=$(ROUNDS) rounds, and the lab's devices ten times in a row
 	QVIRT_ROUNDS=$(ROUNDS) cargo test --workspace -- --test-threads=$(THREADS) --show-output soak
+	QVIRT_ROUNDS=$(ROUNDS) cargo test -p tests --test lab -- --test-threads=$(THREADS) --show-output --skip soak::
 
 clean: ## all of target/, images too
 	cargo clean

@@ -9,6 +9,7 @@ mod used;
 
 use serde_json::Value;
 use tests::guest::Inventory;
+use tests::lab::host;
 use tests::lab::host::usb::{MIB, Stick};
 use tests::lab::step;
 use tests::qemu::QemuVersion;
@@ -19,9 +20,12 @@ use tests::vm::{AGENT_CHANNEL, Output, Vm};
 const CONTROLLERS: &str = "[[usb_controller]]\nmodel = \"uhci\"\n[[usb_controller]]\nmodel = \"ehci\"\n[[usb_controller]]\nmodel = \"xhci\"\n";
 
 /// A guest with drivers of USB, and these tables.
+fn vm(version: QemuVersion, tables: &str) -> Vm {
+    Vm::new(version, "quiet qvirt.hardware=1", 2, &format!("{AGENT_CHANNEL}{tables}"))
+}
+
 fn boot(version: QemuVersion, tables: &str) -> Scene {
-    let tables = format!("{AGENT_CHANNEL}{tables}");
-    step("boot", || Scene::of(Vm::new(version, "quiet qvirt.hardware=1", 2, &tables)))
+    step("boot", || Scene::of(vm(version, tables)))
 }
 
 /// What sysfs calls it: `1-1`.
@@ -79,6 +83,11 @@ fn disk(scene: &mut Scene) -> String {
 /// The file of the lab behind a stick.
 fn file(stick: &Stick) -> String {
     format!("/run/lab/usb-{}.img", stick.name)
+}
+
+/// Writes to a file of the red stick's gadget.
+fn change(file: &str, text: &str) {
+    host::write(format!("/sys/kernel/config/usb_gadget/red/{file}"), text).expect("the gadget obeys");
 }
 
 /// The guest writes to the one stick that it has; the file behind it then begins with that.

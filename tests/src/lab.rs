@@ -31,6 +31,9 @@ pub use shell::shell;
 /// Set in the lab host: a test that sees it runs its steps.
 const INSIDE: &str = "QVIRT_LAB";
 
+/// Set for a soak; the tests in the lab see it too.
+const ROUNDS: &str = "QVIRT_ROUNDS";
+
 /// What a test in the lab prints while it has nothing else to say; nobody sees it.
 const ALIVE: char = '\u{5}';
 
@@ -146,9 +149,9 @@ fn test_name(closure: &'static str) -> &'static str {
 }
 
 /// How often a device comes and goes in a row: ten times; three where the lab's processor is emulated, whose KVM gets lost about once in some hundred
-/// plugs.
+/// plugs, unless `QVIRT_ROUNDS` is set, as `make soak` sets it.
 pub fn rounds() -> u32 {
-    if is_emulated() { 3 } else { 10 }
+    if is_emulated() && std::env::var_os(ROUNDS).is_none() { 3 } else { 10 }
 }
 
 /// Whether this runs in a lab whose processor is emulated: each exit of a guest costs half a millisecond there.

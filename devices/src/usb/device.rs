@@ -96,6 +96,9 @@ pub struct UsbNeed {
     /// Whether it is a disk.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub storage: bool,
+    /// Whether it is no matter which device is plugged into the port: the port was named, and not the device.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub by_port: bool,
     /// The drivers that it had.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drivers: Vec<InterfaceDriver>,
@@ -188,6 +191,11 @@ impl UsbConfig {
         }
     }
 
+    /// Whoever names a port wants what is plugged in there, whatever it is; others want a device like the one they have.
+    fn is_by_port(&self) -> bool {
+        matches!(self.host, Some(UsbSelector::Port { .. }))
+    }
+
     fn found<'a>(&self, host: &'a HostFacts) -> Option<(&'a UsbFact, &'a PortPath)> {
         self.host.as_ref()?.find(&host.usb).ok()
     }
@@ -202,6 +210,7 @@ impl UsbConfig {
                 product: fact.product,
                 serial: fact.serial.clone(),
                 storage: fact.storage,
+                by_port: self.is_by_port(),
                 drivers: fact.drivers.clone(),
             })
         };
@@ -221,8 +230,7 @@ impl UsbConfig {
         let (bus, port) = (controller.map(|controller| format!("{controller}.0")), port.to_string());
         let frontend = match self.found(host) {
             Some((fact, path)) => {
-                // Whoever named a port wants what is plugged in there, whatever it is; others want a device like the one they have.
-                let by_port = matches!(self.host, Some(UsbSelector::Port { .. }));
+                let by_port = self.is_by_port();
                 json!({
                     "driver": "usb-host",
                     "id": id.as_str(),

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 
-use devices::usb::{UsbNeed, UsbSelector};
-use devices::{DeviceConfig, DeviceId, Placed};
+use devices::usb::UsbNeed;
+use devices::{DeviceId, Placed};
 use serde_json::json;
 use tracing::{info, warn};
 
@@ -28,11 +28,6 @@ pub(super) struct Usb {
     said: BTreeMap<DeviceId, UsbState>,
 }
 
-/// Whether it is no matter which device is plugged into the port.
-fn by_port(placed: &Placed) -> bool {
-    matches!(&placed.config, DeviceConfig::Usb(usb) if matches!(usb.host, Some(UsbSelector::Port { .. })))
-}
-
 impl Usb {
     fn state(&self, placed: &Placed, need: &UsbNeed) -> (UsbState, Option<Plugged>) {
         // What was not looked at yet was there a moment ago.
@@ -40,7 +35,7 @@ impl Usb {
         let is_same = |plugged: &Plugged| (plugged.vendor, plugged.product) == (need.vendor, need.product);
         let state = match &plugged {
             None => UsbState::Gone,
-            Some(other) if !is_same(other) && !by_port(placed) => UsbState::Other,
+            Some(other) if !is_same(other) && !need.by_port => UsbState::Other,
             Some(_) if self.attached.get(&placed.id) == Some(&false) => UsbState::Waiting,
             Some(_) => UsbState::Attached,
         };

@@ -2,14 +2,15 @@
 
 use serde_json::{Value, json};
 use tests::events::Events;
-use tests::lab::host;
 use tests::lab::host::usb::{STICKS, Stick};
 use tests::lab::{inside, step};
 use tests::qemu::QemuVersion;
 use tests::scene::Scene;
 use tests::vm::Vm;
 
-use super::{CONTROLLERS, boot, driver, has, holder, ids, is_the_hosts, let_go, port, refused, write};
+use super::{
+    CONTROLLERS, boot, change, driver, has, holder, ids, is_the_hosts, let_go, port, refused, write,
+};
 
 #[test]
 fn a_vm_starts_with_a_stick_which_no_other_gets_and_which_is_pulled_and_plugged_in_again() {
@@ -121,11 +122,6 @@ fn told(events: &Events, states: &[&str]) {
     for state in states {
         assert!(lines.any(|line| line.contains(&format!("state={state}"))), "no {state} in its turn: {text}");
     }
-}
-
-/// Writes to a file of the red stick's gadget.
-fn change(file: &str, text: &str) {
-    host::write(format!("/sys/kernel/config/usb_gadget/red/{file}"), text).expect("the gadget obeys");
 }
 
 fn another_make(scene: &mut Scene) {

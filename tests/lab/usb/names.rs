@@ -3,7 +3,7 @@
 use serde_json::Value;
 use tests::guest::Inventory;
 use tests::lab::host::program;
-use tests::lab::host::usb::STICKS;
+use tests::lab::host::usb::{FAST, SLOW, STICKS};
 use tests::lab::{inside, rounds, step};
 use tests::qemu::QemuVersion;
 use tests::scene::Scene;
@@ -17,6 +17,7 @@ fn sticks_come_and_go_by_all_their_names() {
         let before = scene.seen.clone();
         step("by vendor and product, again and again", || by_ids(&mut scene, &before));
         step("by its port, on a port of the xHCI", || by_port(&mut scene, &before));
+        step("of USB 1.1 and 3.0", || generations(&mut scene, &before));
         step("twins", || twins(&mut scene, &before));
         step("what cannot be", || refusals(&scene));
         scene.end();
@@ -48,6 +49,28 @@ fn by_port(scene: &mut Scene, before: &Inventory) {
     let_go(&scene.vm, "stick");
     scene.sees("no stick", |seen| seen == before);
     is_the_hosts(&scene.vm, &blue);
+}
+
+/// Each is on the controller and among the ports of its generation, and is as fast in the guest as on the host.
+fn generations(scene: &mut Scene, before: &Inventory) {
+    for (stick, address, speed) in [(SLOW, "usb:0:1", "12"), (FAST, "usb:2:1", "5000")] {
+        let devices: Value = serde_json::from_str(&scene.vm.ok(&["host", "usb", "--json"])).expect("JSON");
+        let found = devices.as_array().into_iter().flatten().find(|device| device["serial"] == stick.serial);
+        assert_eq!(found.expect("it is listed")["speed"], speed);
+        let wish = format!("host={},id={}", ids(&stick), stick.name);
+        let line = scene.attach(["--usb", &wish], "usb", &format!("serial={}", stick.serial));
+        assert!(line.contains(&format!("speed={speed}")), "{line}");
+        assert_eq!(scene.vm.device(stick.name)["address"], address);
+        write(scene, &stick, stick.name);
+        let_go(&scene.vm, stick.name);
+        scene.sees("no stick", |seen| seen == before);
+        is_the_hosts(&scene.vm, &stick);
+    }
+    let output = scene.vm.qvirt(&["attach", "guest", "--usb", &format!("host={},controller=1", ids(&FAST))]);
+    refused(&output, 3, &["takes no USB 3.0 device"]);
+    let output =
+        scene.vm.qvirt(&["attach", "guest", "--usb", &format!("host={},controller=2,port=5", ids(&FAST))]);
+    refused(&output, 3, &["does not take a USB 3.0 device", "USB 3.0 devices on ports 1 to 4"]);
 }
 
 fn twins(scene: &mut Scene, before: &Inventory) {

@@ -1,29 +1,25 @@
 //! A stick that the guest uses when it is to leave, whose attach fails at each step, and whose owner and QEMU die.
 
-use tests::guest::{Inventory, PatternWish, SCRIPT};
+use tests::guest::{Inventory, PatternWish};
 use tests::lab::host::usb::{MIB, STICKS};
 use tests::lab::{inside, step};
 use tests::qemu::QemuVersion;
 use tests::scene::Scene;
 use tests::vm::Vm;
 
-use super::{CONTROLLERS, boot, disk, driver, file, holder, ids, is_the_hosts, leases, refused, write};
+use super::{
+    CONTROLLERS, change, disk, driver, file, holder, ids, is_the_hosts, leases, let_go, port, refused, vm,
+    write,
+};
 use crate::sweep::each_step_is_undone;
-
-/// Answers as qemu-ga does where it is asked what is mounted. The port may be opened once, and ends where nobody listens on the host.
-const AGENT: &str = r#"for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name)" = org.qemu.guest_agent.0 ] && port=/dev/${p##*/}; done
-exec 3<>$port; echo up
-while :; do read -r line <&3 || { usleep 50000; continue; }; case $line in
-*guest-sync*) id=${line##*\"id\":}; echo "{\"return\":${id%%\}*}}" >&3 ;;
-*fsinfo*) echo '{"return":[{"mountpoint":"/media/red","disk":[{"bus-type":"usb","serial":"lab_red_LABRED-0:0"}]}]}' >&3 ;;
-esac; done"#;
 
 #[test]
 fn a_stick_in_use_is_not_unplugged_and_outlives_owner_and_qemu() {
     inside(|| {
         let [red, ..] = STICKS;
         let channel = "[[channel]]\nid = \"qga\"\nguest_agent = true\n";
-        let mut scene = boot(QemuVersion::V10_0, &format!("{channel}{CONTROLLERS}"));
+        let vm = vm(QemuVersion::V10_0, &format!("{channel}{CONTROLLERS}")).with_qemu_ga();
+        let mut scene = step("boot", || Scene::of(vm));
         let before = scene.seen.clone();
         step("traffic is seen", || traffic(&mut scene, &before));
         step("what is open, written and idle is not", || idle(&mut scene));
@@ -93,14 +89,20 @@ fn idle(scene: &mut Scene) {
     println!("what the guest's cache had {fate}");
 }
 
+/// By QEMU's own agent in the guest.
 fn mounted(scene: &mut Scene) {
     let [red, ..] = STICKS;
-    attach(scene);
-    let mut agent = scene.guest.begin(AGENT).expect("a script");
-    scene.guest.wait_output(&mut agent, "up", SCRIPT).expect("it listens");
+    let name = attach(scene);
+    let device = name.rsplit('/').next().expect("a name");
+    // What udev writes in an ordinary guest: by it the agent knows bus and serial number.
+    let known = format!(
+        "mkdir -p /run/udev/data; printf 'E:ID_BUS=usb\\nE:ID_SERIAL=lab_red_LABRED-0:0\\n' >/run/udev/data/b$(cat /sys/class/block/{device}/dev)"
+    );
+    scene.guest.check(&format!("{known}; qga {name}")).expect("the agent starts, and the stick is mounted");
     let output = scene.vm.qvirt(&["detach", "guest", "stick"]);
-    refused(&output, 3, &["mounted at /media/red, by the guest's agent"]);
-    scene.vm.ok(&["detach", "guest", "stick", "--force", "--wait", "30s"]);
+    refused(&output, 3, &["mounted at /mnt, by the guest's agent"]);
+    scene.guest.check("umount /mnt").expect("it is unmounted");
+    let_go(&scene.vm, "stick");
     is_the_hosts(&scene.vm, &red);
 }
 
@@ -126,6 +128,24 @@ fn qemu_dies(vm: &Vm) {
     vm.kill_process(vm.qemu_pid());
     is_the_hosts(vm, &red);
     vm.wait_for("its owner to end", || vm.remains().is_empty());
+}
+
+/// Whoever names a port gets what is plugged in there later; the host has that again, too.
+fn qemu_dies_with_another_make(vm: &Vm) {
+    let [red, ..] = STICKS;
+    vm.start();
+    vm.ok(&["attach", "guest", "--usb", &format!("host={},id=stick", port(&red))]);
+    red.unplug().expect("it is pulled");
+    change("idProduct", "0x5599");
+    red.plug().expect("it is plugged in");
+    vm.wait_for("QEMU to take it", || driver(&red).as_deref() != Some("usb-storage"));
+    vm.wait_for("word of it", || vm.device("stick")["usb"]["product"] == "5599");
+    vm.kill_process(vm.qemu_pid());
+    is_the_hosts(vm, &red);
+    vm.wait_for("its owner to end", || vm.remains().is_empty());
+    red.unplug().expect("it is pulled");
+    change("idProduct", &format!("{:#06x}", red.product));
+    red.plug().expect("it is plugged in again");
 }
 
 /// Attaches the stick, and detaches it if that is the work, by an owner that dies at that step; gives QEMU's pid.
@@ -198,6 +218,9 @@ fn an_owner_dies_at_work_and_qemu_with_it_and_qemu_alone() {
     inside(|| {
         deaths(&["attach:4", "clear:1"]);
         step("QEMU alone", || qemu_dies(&without_a_guest()));
+        step("with another make on the port that was named", || {
+            qemu_dies_with_another_make(&without_a_guest())
+        });
     });
 }
 

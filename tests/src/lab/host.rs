@@ -6,6 +6,7 @@
 //! | [`pci::USED_PF`] | another, whose two VFs igbvf holds: host NICs; the cable of both cards is one hub |
 //! | [`pci::SHARED`] | two functions (e1000e) in one IOMMU group |
 //! | [`usb::STICKS`] | two different USB sticks and two twins, each on a bus of its own |
+//! | [`usb::SLOW`], [`usb::FAST`] | sticks of USB 1.1 and 3.0 |
 //! | [`vdpa::DISK`] | a vDPA disk (VDUSE, served by QEMU's storage daemon) |
 //! | [`vdpa::NIC`] | a vDPA NIC of one queue pair (VDUSE, served by `vduse-net` of this crate), with a neighbour that answers ping |
 //! | [`scsi::TARGET`] | a vhost-scsi target with two LUNs |

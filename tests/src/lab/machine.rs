@@ -19,7 +19,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::Pid;
 
 use super::probe::{LAB_QEMU, Parts, Processor, parts};
-use super::{ALIVE, INSIDE};
+use super::{ALIVE, INSIDE, ROUNDS};
 use crate::guest::{Guest, GuestError};
 use crate::qemu::{QemuVersion, images, profile_folder};
 
@@ -184,7 +184,10 @@ impl Lab {
     ) -> Result<i32, LabError> {
         let (program, arguments) = command.split_first().expect("a command has a program");
         let show = |piece: &[u8]| on_output(&String::from_utf8_lossy(piece));
-        let status = self.agent.run_streaming(program, arguments, &[(INSIDE, "1")], show, deadlines);
+        let rounds = std::env::var(ROUNDS).ok();
+        let mut variables = vec![(INSIDE, "1")];
+        variables.extend(rounds.as_deref().map(|rounds| (ROUNDS, rounds)));
+        let status = self.agent.run_streaming(program, arguments, &variables, show, deadlines);
         status.map_err(|e| LabError::Test {
             reason: e.reason().to_owned(),
             console: self.process.console.clone(),

@@ -80,7 +80,7 @@ impl Sysfs {
     }
 
     /// The interfaces of a device, by sysfs' names.
-    fn usb_interfaces(&self, device: &str) -> Vec<String> {
+    pub(super) fn usb_interfaces(&self, device: &str) -> Vec<String> {
         let is = |name: &String| name.strip_prefix(device).is_some_and(|rest| rest.starts_with(':'));
         names(&self.path("bus/usb/devices")).into_iter().filter(is).collect()
     }
@@ -123,7 +123,7 @@ pub async fn learn<'a>(
     devices: impl IntoIterator<Item = &'a DeviceConfig>,
 ) -> Result<(), UsbError> {
     if devices.into_iter().any(is_usb) {
-        facts.usb = look(Sysfs::default()).await?;
+        facts.usb = look(Sysfs::default(), PATIENCE).await?;
     }
     Ok(())
 }
@@ -132,10 +132,10 @@ pub async fn learn<'a>(
 ///
 /// # Errors
 /// It takes too long.
-async fn look(sysfs: Sysfs) -> Result<Vec<UsbFact>, UsbError> {
+pub(super) async fn look(sysfs: Sysfs, patience: Duration) -> Result<Vec<UsbFact>, UsbError> {
     let looking = tokio::task::spawn_blocking(move || sysfs.usb_facts());
-    match tokio::time::timeout(PATIENCE, looking).await {
+    match tokio::time::timeout(patience, looking).await {
         Ok(Ok(facts)) => Ok(facts),
-        Ok(Err(_)) | Err(_) => Err(UsbError::Slow { patience: PATIENCE }),
+        Ok(Err(_)) | Err(_) => Err(UsbError::Slow { patience }),
     }
 }

@@ -72,23 +72,28 @@ pub fn not_taken(need: &UsbNeed, qemu: Option<u32>) -> UsbError {
     UsbError::NotTaken { name: need.name(), why }
 }
 
-/// Gives the device back to the drivers that it had. QEMU does so itself unless it is killed. What is not as it was taken is left alone: another
-/// device on the port, an interface that has a driver.
+/// Gives the device back to the drivers that it had, and what was plugged in later, where QEMU had what is on the port, to those that the kernel finds.
+/// QEMU does so itself unless it is killed. What it never had is left alone, and an interface that has a driver.
 ///
 /// # Errors
 /// The kernel does not let a driver have it.
 pub fn give_back(need: &UsbNeed) -> Result<(), UsbError> {
     let sysfs = Sysfs::default();
-    let Some(plugged) = sysfs.usb_plugged(need.bus, &need.port).filter(|plugged| is_same(*plugged, need))
-    else {
-        return Ok(());
+    let Some(plugged) = sysfs.usb_plugged(need.bus, &need.port) else { return Ok(()) };
+    let drivers = match is_same(plugged, need) {
+        true => need.drivers.clone(),
+        false if need.by_port => {
+            let its = |interface| InterfaceDriver { interface, driver: "its driver".to_owned() };
+            sysfs.usb_interfaces(&format!("{}-{}", need.bus, need.port)).into_iter().map(its).collect()
+        }
+        false => return Ok(()),
     };
     let idle = |interface: &&InterfaceDriver| {
         let folder = sysfs.path("bus/usb/devices").join(&interface.interface);
         folder.exists() && !folder.join("driver").exists()
     };
     let node = node(need.bus, plugged.device);
-    for InterfaceDriver { interface, driver } in need.drivers.iter().filter(idle) {
+    for InterfaceDriver { interface, driver } in drivers.iter().filter(idle) {
         match reconnect(&node, interface) {
             Ok(()) => info!(interface, driver, "given back to the host's driver"),
             // It was pulled meanwhile, or a driver was faster.

@@ -102,3 +102,21 @@ fn drivers_programs_and_mounts_of_a_stick_are_seen() {
     assert_eq!(sysfs.usb_plugged(1, &port).map(|plugged| plugged.device), Some(9));
     assert_eq!(sysfs.usb_plugged(2, &port), None);
 }
+
+/// A FIFO that nobody writes to answers as a device does that is being reset: not yet.
+#[tokio::test]
+async fn a_device_that_does_not_answer_the_kernel_is_waited_for_no_longer_than_that() {
+    let temp = tempfile::tempdir().expect("a folder");
+    device(temp.path(), "1-1", &[("devnum", "2"), ("idVendor", "0781"), ("idProduct", "5567")]);
+    let silent = temp.path().join("bus/usb/devices/1-1/busnum");
+    nix::unistd::mkfifo(&silent, nix::sys::stat::Mode::S_IRWXU).expect("a FIFO");
+    let patience = std::time::Duration::from_millis(200);
+    let looked = facts::look(Sysfs::below(temp.path()), patience).await;
+    let error = looked.expect_err("it does not answer").to_string();
+    assert!(
+        error.contains("could not be looked at within 200ms") && error.contains("pull it, or wait"),
+        "{error}"
+    );
+    // Its thread has an end too.
+    fs::write(&silent, "1\n").expect("somebody reads");
+}

@@ -98,11 +98,12 @@ async fn mounts(need: &UsbNeed, agent: Option<&Path>) -> Mounts {
     }
 }
 
-/// The places of file systems on a USB disk: on that one, where the agent tells serial numbers.
+/// The places of file systems on a USB disk: on that one, where the agent tells serial numbers. qemu-ga on Linux does not know the bus of a USB
+/// disk (seen with 7.2), and has the serial number from udev.
 fn mounted(systems: &Value, serial: Option<&str>) -> Vec<String> {
     let is = |disk: &Value| {
         let same = |serial: &str| disk["serial"].as_str().is_none_or(|told| told.contains(serial));
-        disk["bus-type"] == "usb" && serial.is_none_or(same)
+        matches!(disk["bus-type"].as_str(), Some("usb" | "unknown")) && serial.is_none_or(same)
     };
     let on = |system: &&Value| system["disk"].as_array().into_iter().flatten().any(is);
     let place = |system: &Value| system["mountpoint"].as_str().map(str::to_owned);
@@ -117,15 +118,19 @@ mod tests {
 
     #[test]
     fn a_disk_is_told_by_its_bus_and_serial_number() {
-        let disk = |serial: Option<&str>| json!({"bus-type": "usb", "serial": serial, "dev": "/dev/sda"});
+        let on =
+            |bus: &str, serial: Option<&str>| json!({"bus-type": bus, "serial": serial, "dev": "/dev/sda"});
+        let disk = |serial: Option<&str>| on("usb", serial);
         let systems = json!([
             {"mountpoint": "/", "disk": [{"bus-type": "virtio", "serial": "A1"}]},
             {"mountpoint": "/media/a", "disk": [disk(Some("lab_red_A1-0:0"))]},
             {"mountpoint": "/media/b", "disk": [disk(Some("lab_blue_B2-0:0"))]},
             {"mountpoint": "/media/c", "disk": [disk(None)]},
+            {"mountpoint": "/media/d", "disk": [on("unknown", Some("lab_red_A1-0:0"))]},
+            {"mountpoint": "/media/e", "disk": [on("unknown", Some("lab_blue_B2-0:0"))]},
         ]);
-        assert_eq!(mounted(&systems, Some("A1")), ["/media/a", "/media/c"]);
-        assert_eq!(mounted(&systems, None), ["/media/a", "/media/b", "/media/c"]);
+        assert_eq!(mounted(&systems, Some("A1")), ["/media/a", "/media/c", "/media/d"]);
+        assert_eq!(mounted(&systems, None).len(), 5);
         assert_eq!(mounted(&json!([]), Some("A1")), Vec::<String>::new());
     }
 

@@ -16,16 +16,40 @@ pub struct Stick {
     pub product: u16,
     /// Its serial number; twins differ in nothing else.
     pub serial: &'static str,
+    /// `max_speed` of its gadget.
+    speed: &'static str,
     controller: u8,
 }
 
 /// Two sticks of different make, and two twins.
 pub const STICKS: [Stick; 4] = [
-    Stick { name: "red", vendor: 0x0781, product: 0x5567, serial: "LABRED", controller: 0 },
-    Stick { name: "blue", vendor: 0x090c, product: 0x1000, serial: "LABBLUE", controller: 1 },
-    Stick { name: "twin1", vendor: 0x13fe, product: 0x4200, serial: "LABTWIN1", controller: 2 },
-    Stick { name: "twin2", vendor: 0x13fe, product: 0x4200, serial: "LABTWIN2", controller: 3 },
+    Stick { name: "red", vendor: 0x0781, product: 0x5567, serial: "LABRED", speed: USB2, controller: 0 },
+    Stick { name: "blue", vendor: 0x090c, product: 0x1000, serial: "LABBLUE", speed: USB2, controller: 1 },
+    Stick { name: "twin1", vendor: 0x13fe, product: 0x4200, serial: "LABTWIN1", speed: USB2, controller: 2 },
+    Stick { name: "twin2", vendor: 0x13fe, product: 0x4200, serial: "LABTWIN2", speed: USB2, controller: 3 },
 ];
+
+/// A stick of USB 1.1.
+pub const SLOW: Stick = Stick {
+    name: "slow",
+    vendor: 0x0ea0,
+    product: 0x2168,
+    serial: "LABSLOW",
+    speed: "full-speed",
+    controller: 4,
+};
+
+/// A stick of USB 3.0.
+pub const FAST: Stick = Stick {
+    name: "fast",
+    vendor: 0x0951,
+    product: 0x1666,
+    serial: "LABFAST",
+    speed: "super-speed",
+    controller: 5,
+};
+
+const USB2: &str = "high-speed";
 
 /// The size of each.
 pub const MIB: u64 = 8;
@@ -43,16 +67,21 @@ pub struct Place {
     pub port: String,
 }
 
+fn all() -> impl Iterator<Item = Stick> {
+    STICKS.into_iter().chain([SLOW, FAST])
+}
+
 pub(super) fn prepare() -> Done<()> {
     modprobe(&["usb_f_mass_storage", "libcomposite"])?;
-    super::program("modprobe", &["dummy_hcd", &format!("num={}", STICKS.len())])?;
-    STICKS.iter().try_for_each(Stick::make)?;
-    STICKS.iter().try_for_each(Stick::plug)
+    let all: Vec<Stick> = all().collect();
+    super::program("modprobe", &["dummy_hcd", &format!("num={}", all.len()), "is_super_speed=1"])?;
+    all.iter().try_for_each(Stick::make)?;
+    all.iter().try_for_each(Stick::plug)
 }
 
 pub(super) fn list() -> Done<String> {
     let mut text = String::new();
-    for stick in STICKS {
+    for stick in all() {
         let Place { bus, address, port } = stick.place()?;
         let Stick { name, vendor, product, serial, .. } = stick;
         let _ = writeln!(
@@ -78,7 +107,7 @@ impl Stick {
         [&gadget, &strings, &function, &config].into_iter().try_for_each(|folder| make_folder(folder))?;
         write(gadget.join("idVendor"), format!("{:#06x}", self.vendor))?;
         write(gadget.join("idProduct"), format!("{:#06x}", self.product))?;
-        write(gadget.join("bcdUSB"), "0x0200")?;
+        write(gadget.join("max_speed"), self.speed)?;
         write(strings.join("serialnumber"), self.serial)?;
         write(strings.join("manufacturer"), "lab")?;
         write(strings.join("product"), self.name)?;
