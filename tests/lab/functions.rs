@@ -89,7 +89,8 @@ fn a_virtual_function_of_the_host_is_taken_cold_and_given_back_at_the_end() {
         let set = profile(&scene.vm, &pf, 0);
         assert_eq!((&set["mac"], &set["vlan"], &set["qos"]), (&MAC.into(), &5.into(), &2.into()), "{set}");
         assert!(may_lock(scene.vm.qemu_pid()) >= (256 << 20) + (1 << 30), "guest memory and a gigabyte");
-        step("another VM wants it, and its group", || {
+        another_vm_is_refused(&scene.vm, &format!("[[vf]]\nhost = \"{vf}\"\n"), "vf0");
+        step("a VM of somebody whose leases are apart wants it", || {
             let other = Vm::new(QemuVersion::V10_0, HARDWARE, 2, &format!("[[vfio]]\nhost = \"{vf}\"\n"));
             let file = other.config().display().to_string();
             // Their folders are apart, as those of different hosts are: the kernel's own exclusivity speaks.
@@ -114,6 +115,18 @@ fn a_virtual_function_of_the_host_is_taken_cold_and_given_back_at_the_end() {
         let vm = Vm::new(QemuVersion::V10_0, HARDWARE, 1, "");
         assert_eq!(state_of(&vm, &pf), before, "igbvf has it again, with its profile");
     });
+}
+
+/// Another VM of the same user is refused what a device of the first one has, and told by whom.
+fn another_vm_is_refused(vm: &Vm, table: &str, id: &str) {
+    let text = std::fs::read_to_string(vm.config()).expect("the VM file");
+    let head = text.replace("name = \"guest\"", "name = \"other\"");
+    let head = head.split_once("[[serial]]").expect("a console").0;
+    let file = vm.path("other.toml");
+    std::fs::write(&file, format!("{head}{table}")).expect("written");
+    let output = vm.qvirt(&["start", "--paused", &file.display().to_string()]);
+    print!("{}", output.stderr);
+    assert!(output.code == 3 && output.stderr.contains(&format!("device {id} of VM guest")), "{output}");
 }
 
 /// How many bytes a process may lock in memory.
@@ -150,6 +163,9 @@ fn a_shared_group_goes_as_a_whole_or_not_at_all() {
         assert_eq!(drivers(), vec![Some("vfio-pci".to_owned()); 2]);
         let output = scene.vm.qvirt(&["detach", "guest", "vfio0"]);
         assert!(output.code == 3 && output.stderr.contains("vfio0 is used by one"), "{output}");
+        let group = format!("[[vfio]]\nhost = \"{}\"\ngroup = true\n", members[0]);
+        another_vm_is_refused(&scene.vm, &group, "one");
+        assert_eq!(drivers(), vec![Some("vfio-pci".to_owned()); 2], "nothing was taken from the first VM");
         step("detach", || scene.vm.ok(&["detach", "guest", "one", "--wait", "60s"]));
         scene.sees("no NIC", |seen| *seen == first);
         scene.vm.wait_for("the group to be the host's again", || drivers() == before);
