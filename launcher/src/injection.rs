@@ -27,7 +27,7 @@ pub struct Steps {
 }
 
 impl Steps {
-    /// Steps of `launch`, `attach`, `media`, `snapshot`, `detach` or `clear`.
+    /// Steps of `launch`, `attach`, `media`, `snapshot`, `detach`, `clear`, or `host`, a command that changes it.
     pub fn of(work: &'static str) -> Steps {
         let wish = |variable: &str| {
             let wish = std::env::var(variable).ok()?;

@@ -383,6 +383,17 @@ fn commands_that_fail_or_die_at_work_leave_the_host_as_it_was() {
             vm.ok(&["host", "unbind", &second]);
             assert_eq!(state(), before);
         });
+        step("what a VM has by then stays", || {
+            vm.qvirt_with(&[("QVIRT_DIE_STEP", "host:2")], &["host", "bind", &first, &second]);
+            vm.ok(&["start", &vm.config().display().to_string(), "--paused"]);
+            vm.ok(&["attach", "guest", "--vfio", &format!("host={first},id=mine")]);
+            let said = vm.ok(&["recover"]);
+            assert!(!said.contains(&first) && said.contains(&second), "{said}");
+            assert_eq!(pf.vfs()[0].driver().as_deref(), Some("vfio-pci"), "the VM has it");
+            vm.ok(&["kill", "guest"]);
+            vm.ok(&["host", "unbind", &first]);
+            assert_eq!(state(), before);
+        });
         step("a profile", || {
             let words = ["host", "vf", &name, "1", "--mac", MAC, "--vlan", "12", "--trust", "on"];
             assert_eq!(each_step_of_a_command_is_undone(&vm, &words, state), 2);

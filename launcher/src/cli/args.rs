@@ -204,9 +204,9 @@ pub enum Command {
     /// Look at images whose storage may hang, for another qvirt that must not
     #[command(hide = true)]
     ExamineImages,
-    /// Undo what dead VMs left on the host
+    /// Undo what dead VMs, and `qvirt host` commands that were killed, left on the host
     Recover {
-        /// The VM; default: all
+        /// The VM; default: all, and the commands
         vm: Option<VmName>,
         /// Print JSON
         #[arg(long)]

@@ -207,7 +207,7 @@ pub async fn qmp(vm: &VmName, command: &str, arguments: Option<&str>) -> Result<
 /// `qvirt recover`
 pub async fn recover(vm: Option<&VmName>, json: bool) -> Result<Exit, Problem> {
     let folders = Folders::find()?;
-    let mut report = Vec::new();
+    let (mut report, mut failed) = (Vec::new(), None);
     if let Some(vm) = vm {
         if target::life_of(&folders, vm)? == Life::None && !folders.config_file(vm).exists() {
             return Err(target::unknown(&folders, vm));
@@ -215,14 +215,15 @@ pub async fn recover(vm: Option<&VmName>, json: bool) -> Result<Exit, Problem> {
         let devices = crate::adopt::recover(&folders, vm)?;
         report.push(json!({"vm": vm, "devices": devices}));
     } else {
-        let undone = undo_of_the_dead(&folders)?;
-        report.extend(undone.iter().map(|change| json!({"undone": change.to_string()})));
         for vm in folders.with_runtime()? {
             if target::life_of(&folders, &vm)? == Life::Remains {
                 let devices = crate::adopt::recover(&folders, &vm)?;
                 report.push(json!({"vm": vm, "devices": devices}));
             }
         }
+        let (undone, error) = undo_of_the_dead(&folders);
+        report.extend(undone.iter().map(|change| json!({"undone": change.to_string()})));
+        failed = error;
     }
     if json {
         print::json(&report)?;
@@ -244,7 +245,7 @@ pub async fn recover(vm: Option<&VmName>, json: bool) -> Result<Exit, Problem> {
             );
         }
     }
-    Ok(Exit::Done)
+    failed.map_or(Ok(Exit::Done), |error| Err(error.into()))
 }
 
 /// Connects to the read-only socket of an owner, if there is one.

@@ -184,11 +184,12 @@ fn make(add: &AddVdpa, as_json: bool) -> Result<Exit, Problem> {
         vdpa::is_free(&new, moving.is_some())?;
         return say(true, as_json, &steps, None);
     }
-    let changes = moving.iter().map(|(moving, driver)| moving.change(driver)).collect();
+    let moving = moving.map(|(moving, driver)| (moving.place(), moving, driver));
+    let changes = moving.iter().map(|(before, moving, driver)| moving.change(before, driver)).collect();
     host.make(changes, |work| {
-        if let Some((moving, driver)) = &moving {
+        if let Some((before, moving, driver)) = &moving {
             work.enter("bind")?;
-            moving.bind(driver, &moving.place())?;
+            moving.bind(driver, before)?;
         }
         work.enter("add")?;
         Ok(vdpa::add(&new)?)

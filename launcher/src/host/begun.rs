@@ -1,15 +1,17 @@
 //! What a command that changes this host has begun: written down before it is done, gone when it is done or undone.
 //!
 //! A command that dies in between leaves its note. The next one that changes the host, or `qvirt recover`, undoes what it says, after a look at the
-//! world: only what is there and as the dead one may have left it.
+//! world: only what is there and as the dead one may have left it, and what nobody has begun to use meanwhile.
 
+use std::error::Error as AnyError;
 use std::fmt;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use devices::bdf::HostBdf;
 use devices::vf::VfProfile;
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tracing::warn;
@@ -18,10 +20,11 @@ use super::bound;
 use super::movable::{Movable, MoveError, Place};
 use super::sriov::SriovError;
 use super::sysfs::Sysfs;
-use super::vfio::{self, Users, VfioError};
+use super::vdpa;
+use super::vfio::{self, Users};
 use crate::folders::{Folders, FoldersError, WriteError, make_private, write_volatile};
 use crate::injection::Steps;
-use crate::lease::{LeaseError, Leases};
+use crate::lease::Leases;
 use crate::process::Identity;
 
 /// Why a change was not begun, or not undone.
@@ -36,10 +39,10 @@ pub enum BegunError {
     Identity(#[source] io::Error),
     #[error("{} cannot be read; if it is damaged, undo by hand what it lists, and remove it", path.display())]
     Read { path: PathBuf, source: io::Error },
-    #[error(transparent)]
-    Leases(#[from] LeaseError),
-    #[error("{change} could not be undone: mend that, then `qvirt recover`")]
-    Undo { change: Change, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error(
+        "{change} could not be undone: mend that, then `qvirt recover`; or remove {} to leave it as it is", path.display()
+    )]
+    Undo { change: Change, path: PathBuf, source: Box<dyn AnyError + Send + Sync> },
 }
 
 /// A change with what was before it.
@@ -61,6 +64,8 @@ pub enum Change {
         pf: HostBdf,
         /// How many it had.
         before: u32,
+        /// How many it gets.
+        wanted: u32,
     },
     /// A virtual function gets another profile.
     VfProfile {
@@ -79,7 +84,9 @@ impl fmt::Display for Change {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Change::Driver { host, to, .. } => write!(f, "{host} on its way to {to}"),
-            Change::Vfs { pf, before } => write!(f, "the number of virtual functions of {pf}, once {before}"),
+            Change::Vfs { pf, before, .. } => {
+                write!(f, "the number of virtual functions of {pf}, once {before}")
+            }
             Change::VfProfile { pf, index, .. } => {
                 write!(f, "the profile of virtual function {index} of {pf}")
             }
@@ -88,34 +95,56 @@ impl fmt::Display for Change {
 }
 
 impl Change {
-    /// Undoes it as far as it was done.
-    fn undo(&self, folders: &Folders, sysfs: &Sysfs, users: &Users) -> Result<(), BegunError> {
-        let failed = |source| BegunError::Undo { change: self.clone(), source };
+    /// Undoes it as far as it was done; whether there was anything to undo. What somebody uses by now stays.
+    fn undo(&self, folders: &Folders) -> Result<bool, Box<dyn AnyError + Send + Sync>> {
+        let sysfs = Sysfs::default();
+        let users = Users::find(&Leases::open(&folders.leases)?);
+        if let Some(user) = self.user(&sysfs, &users) {
+            warn!(change = %self, user, "it is in use by now: it stays");
+            return Ok(false);
+        }
         match self {
             Change::Driver { host, to, before } => {
-                match Movable::find(sysfs, *host) {
+                match Movable::find(&sysfs, *host) {
+                    // Its card was pulled, or its virtual functions were switched off.
                     Err(MoveError::NoDevice { .. }) => {}
-                    function => function
-                        .and_then(|function| function.give_back(to, before))
-                        .map_err(|error| failed(error.into()))?,
+                    function => function?.give_back(to, before)?,
                 }
-                bound::forget(folders, *host);
-                Ok(())
+                bound::forget(folders, *host, before);
             }
-            Change::Vfs { pf, before } => match sysfs.pf(&pf.to_string()) {
-                Err(SriovError::NoPf { .. }) => Ok(()),
-                // It was never begun.
-                Ok(pf) if u32::try_from(pf.vfs.len()) == Ok(*before) => Ok(()),
-                found => found
-                    .and_then(|pf| sysfs.set_vfs(&pf, *before, users, &mut Steps::of("undo")))
-                    .map_err(|error| failed(error.into())),
+            Change::Vfs { pf, before, wanted } => match sysfs.pf(&pf.to_string()) {
+                Err(SriovError::NoPf { .. }) => {}
+                found => {
+                    let found = found?;
+                    let now = u32::try_from(found.vfs.len()).unwrap_or(u32::MAX);
+                    // Another number is somebody else's.
+                    if now != *before && (now == 0 || now == *wanted) {
+                        sysfs.set_vfs(&found, *before, &users, &mut Steps::of("undo"))?;
+                    }
+                }
             },
             Change::VfProfile { pf, index, before, wanted } => {
-                match vfio::restore_profile(sysfs, *pf, *index, before, wanted) {
-                    Err(VfioError::NoInterface { .. }) | Ok(()) => Ok(()),
-                    Err(error) => Err(failed(error.into())),
-                }
+                vfio::restore_profile(&sysfs, *pf, *index, before, wanted)?
             }
+        }
+        Ok(true)
+    }
+
+    /// Who uses what it changes.
+    fn user(&self, sysfs: &Sysfs, users: &Users) -> Option<String> {
+        let pci = |host: &HostBdf| users.of(*host, sysfs.iommu_group_of(*host)).map(str::to_owned);
+        let vfs = |pf: &HostBdf| Movable::find(sysfs, *pf).map(|pf| pf.vfs()).unwrap_or_default();
+        match self {
+            Change::Driver { host, to, .. } => {
+                let mgmtdev = format!("pci/{host}");
+                let made = || vdpa::devices(sysfs).ok()?.into_iter().find(|device| device.mgmtdev == mgmtdev);
+                let vdpa = || made().map(|device| format!("vDPA device {}", device.name));
+                let used = pci(host).or_else(|| vfs(host).iter().find_map(pci));
+                // No driver of vDPA is vfio-pci.
+                used.or_else(|| if to == vfio::DRIVER { None } else { vdpa() })
+            }
+            Change::Vfs { pf, .. } => vfs(pf).iter().find_map(pci),
+            Change::VfProfile { pf, index, .. } => vfs(pf).get(usize::try_from(*index).ok()?).and_then(pci),
         }
     }
 }
@@ -141,7 +170,6 @@ impl Begun {
     /// Nothing was written, and nothing is to be done.
     pub fn note(folders: &Folders, changes: Vec<Change>) -> Result<Begun, BegunError> {
         let by = Identity::of(std::process::id()).map_err(BegunError::Identity)?;
-        folders.make()?;
         let folder = bound::folder(folders);
         make_private(&folder)?;
         let path = folder.join(format!("{PREFIX}{}.json", by.pid));
@@ -155,47 +183,68 @@ impl Begun {
         bound::remove(&self.path);
     }
 
-    /// Undoes them, the last first, as far as they were made.
+    /// Undoes them, the last first, as far as they were made; says which.
     ///
     /// # Errors
-    /// One cannot be undone; the note stays.
-    pub fn undo(self, folders: &Folders, users: &Users) -> Result<(), BegunError> {
-        let sysfs = Sysfs::default();
-        self.changes.iter().rev().try_for_each(|change| change.undo(folders, &sysfs, users))?;
-        bound::remove(&self.path);
-        Ok(())
+    /// One cannot be undone, the others are; the note stays.
+    pub fn undo(self, folders: &Folders) -> Result<Vec<Change>, BegunError> {
+        let (mut undone, mut failed) = (Vec::new(), None);
+        for change in self.changes.into_iter().rev() {
+            match change.undo(folders) {
+                Ok(true) => undone.push(change),
+                Ok(false) => {}
+                Err(source) => {
+                    let error = BegunError::Undo { change, path: self.path.clone(), source };
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        match failed {
+            Some(error) => Err(error),
+            None => {
+                bound::remove(&self.path);
+                Ok(undone)
+            }
+        }
     }
 }
 
 /// Which files are notes.
 const PREFIX: &str = "begun-";
 
-/// Undoes what commands of this user began that have died; says what.
-///
-/// # Errors
-/// One cannot be read or undone; its note stays.
-pub fn undo_of_the_dead(folders: &Folders) -> Result<Vec<Change>, BegunError> {
-    let mut undone = Vec::new();
+/// Undoes what commands of this user began that have died; says what, and the first error. The notes of what cannot be undone stay.
+pub fn undo_of_the_dead(folders: &Folders) -> (Vec<Change>, Option<BegunError>) {
+    let (mut undone, mut failed) = (Vec::new(), None);
+    // One at a time: who comes second finds nothing left, and begins when all is undone. Without the folder there is nothing.
+    let Ok(folder) = File::open(&folders.run) else { return (undone, failed) };
+    let _lock = Flock::lock(folder, FlockArg::LockExclusive);
     for path in notes(&bound::folder(folders)) {
-        let read = |source| BegunError::Read { path: path.clone(), source };
-        let text = match fs::read(&path) {
-            // Its process has just done its work.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            text => text.map_err(read)?,
-        };
-        let note: Note = serde_json::from_slice(&text).map_err(|error| read(error.into()))?;
-        if note.by.is_alive() {
-            continue;
+        let outcome = dead(&path).and_then(|begun| begun.map(|begun| begun.undo(folders)).transpose());
+        match outcome {
+            Ok(changes) => undone.extend(changes.into_iter().flatten()),
+            Err(error) => {
+                failed.get_or_insert(error);
+            }
         }
-        warn!(pid = note.by.pid, changes = ?note.changes, "a command has died at work: what it began is undone");
-        // What it did to another boot went with that.
-        let of_this_boot = Identity::of(std::process::id()).is_ok_and(|me| me.boot == note.by.boot);
-        let changes = if of_this_boot { note.changes } else { Vec::new() };
-        let users = Users::find(&Leases::open(&folders.leases)?);
-        Begun { path, changes: changes.clone() }.undo(folders, &users)?;
-        undone.extend(changes);
     }
-    Ok(undone)
+    (undone, failed)
+}
+
+/// What a dead command has begun; `None` if it lives, or has just done its work.
+fn dead(path: &Path) -> Result<Option<Begun>, BegunError> {
+    let read = |source| BegunError::Read { path: path.to_owned(), source };
+    let text = match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text.map_err(read)?,
+    };
+    let note: Note = serde_json::from_slice(&text).map_err(|error| read(error.into()))?;
+    if note.by.is_alive() {
+        return Ok(None);
+    }
+    let me = Identity::of(std::process::id()).map_err(BegunError::Identity)?;
+    // What was done to another boot went with that.
+    let changes = if me.boot == note.by.boot { note.changes } else { Vec::new() };
+    Ok(Some(Begun { path: path.to_owned(), changes }))
 }
 
 fn notes(folder: &Path) -> Vec<PathBuf> {
@@ -214,7 +263,10 @@ mod tests {
     fn changes() -> Vec<Change> {
         let host = "ffff:1f:1f.7".parse().expect("an address");
         let before = Place { driver: Some("igbvf".into()), driver_override: None };
-        vec![Change::Driver { host, to: "vfio-pci".into(), before }, Change::Vfs { pf: host, before: 2 }]
+        vec![
+            Change::Driver { host, to: "vfio-pci".into(), before },
+            Change::Vfs { pf: host, before: 2, wanted: 4 },
+        ]
     }
 
     fn folders(root: &Path) -> Folders {
@@ -225,7 +277,12 @@ mod tests {
     fn what_the_dead_have_begun_is_undone_once_and_what_the_living_have_is_not() {
         let temp = tempfile::tempdir().expect("a folder");
         let folders = folders(temp.path());
-        let none = || undo_of_the_dead(&folders).expect("nothing to do").is_empty();
+        let undone = || {
+            let (undone, failed) = undo_of_the_dead(&folders);
+            assert!(failed.is_none(), "{failed:?}");
+            undone
+        };
+        let none = || undone().is_empty();
         assert!(none());
         let begun = Begun::note(&folders, changes()).expect("noted");
         assert!(none() && begun.path.exists(), "its process lives");
@@ -233,7 +290,9 @@ mod tests {
         assert_eq!(note.changes, changes());
         note.by.start_time += 1;
         fs::write(&begun.path, serde_json::to_vec(&note).expect("JSON")).expect("written");
-        assert_eq!(undo_of_the_dead(&folders).expect("undone"), changes());
+        let mut last_first = changes();
+        last_first.reverse();
+        assert_eq!(undone(), last_first);
         assert!(none() && !begun.path.exists() && !bound::folder(&folders).exists());
         begun.done();
     }
@@ -244,7 +303,7 @@ mod tests {
         let folders = folders(temp.path());
         let begun = Begun::note(&folders, changes()).expect("noted");
         fs::write(&begun.path, "what is this").expect("written");
-        let error = undo_of_the_dead(&folders).expect_err("damaged").to_string();
+        let error = undo_of_the_dead(&folders).1.expect("it is damaged").to_string();
         assert!(error.contains("begun-") && error.contains("undo by hand"), "{error}");
         assert!(begun.path.exists());
         begun.done();

@@ -49,7 +49,7 @@ pub(super) fn folder(folders: &Folders) -> PathBuf {
 
 /// Removes a note, and the folder with the last one.
 pub(super) fn remove(note: &Path) {
-    // One that stays is of what is no more: it is looked at, and written anew with the next.
+    // One that stays is looked at before it is believed: whether its process lives, or its boot.
     let _ = fs::remove_file(note);
     // While there are others, this fails.
     let _ = note.parent().map(fs::remove_dir);
@@ -59,9 +59,16 @@ fn note(folder: &Path, host: HostBdf) -> PathBuf {
     folder.join(format!("bound-{host}.json"))
 }
 
-/// Forgets what a function had, which it has again.
-pub(super) fn forget(folders: &Folders, host: HostBdf) {
-    remove(&note(&folder(folders), host));
+/// Forgets that a function had that, which it has again. What it had before, when an `unbind` died at work, is still to be given back.
+pub(super) fn forget(folders: &Folders, host: HostBdf, had: &Place) {
+    let path = note(&folder(folders), host);
+    if read(&path).is_some_and(|before| before.place == *had) {
+        remove(&path);
+    }
+}
+
+fn read(note: &Path) -> Option<Before> {
+    serde_json::from_slice(&fs::read(note).ok()?).ok()
 }
 
 /// The notes.
@@ -79,23 +86,24 @@ impl Bound {
         Ok(Bound { folder: folder(folders), boot: BootId::current()? })
     }
 
-    /// Binds a function to vfio-pci.
+    /// Binds a function to vfio-pci, which has that now.
     ///
     /// # Errors
     /// It has what it had.
-    pub fn bind(&self, folders: &Folders, function: &Movable<'_>) -> Result<(), BoundError> {
-        let place = function.place();
+    pub fn bind(&self, folders: &Folders, function: &Movable<'_>, place: &Place) -> Result<(), BoundError> {
         if place.driver.as_deref() == Some(DRIVER) {
             return Ok(());
         }
-        let before = Before { boot: self.boot.clone(), place };
         let host = function.host();
-        folders.make()?;
-        make_private(&self.folder)?;
-        let text = serde_json::to_vec(&before).expect("a struct of texts is JSON");
-        write_volatile(&self.path(host), &text).map_err(|source| BoundError::Write { host, source })?;
-        let bound = function.bind(DRIVER, &before.place);
-        Ok(bound.inspect_err(|_| self.forget(host))?)
+        // Where an `unbind` died at work there is one already, of what is still to be given back.
+        if place.driver.is_some() || self.before(host).is_none() {
+            let before = Before { boot: self.boot.clone(), place: place.clone() };
+            folders.make()?;
+            make_private(&self.folder)?;
+            let text = serde_json::to_vec(&before).expect("a struct of texts is JSON");
+            write_volatile(&self.path(host), &text).map_err(|source| BoundError::Write { host, source })?;
+        }
+        Ok(function.bind(DRIVER, place).inspect_err(|_| forget(folders, host, place))?)
     }
 
     /// Gives a function back to the driver that it had; where that is not known, to the one that the kernel finds for it.
@@ -132,8 +140,7 @@ impl Bound {
     }
 
     fn before(&self, host: HostBdf) -> Option<Before> {
-        let text = fs::read(self.path(host)).ok()?;
-        serde_json::from_slice(&text).ok().filter(|before: &Before| before.boot == self.boot)
+        read(&self.path(host)).filter(|before| before.boot == self.boot)
     }
 
     fn forget(&self, host: HostBdf) {

@@ -22,7 +22,7 @@ use super::sysfs::{Sysfs, link, text};
 pub enum MoveError {
     #[error("the host has no PCI device {host}: `qvirt host pci` lists them")]
     NoDevice { host: HostBdf },
-    #[error("the kernel has no driver {driver}{}: install its module (`modprobe {driver}` must work)", said(.reason))]
+    #[error("the kernel has no driver {driver}{}: install its module, so that `modprobe {driver}` loads it", said(.reason))]
     NoDriver { driver: String, reason: String },
     #[error("{} cannot be written, to move {host}: {}", path.display(), remedy(.source))]
     Write { host: HostBdf, path: PathBuf, source: io::Error },
@@ -100,9 +100,9 @@ impl<'a> Movable<'a> {
         Place { driver: self.driver(), driver_override: override_of(&self.folder) }
     }
 
-    /// Its way to a driver, to be written down before it goes.
-    pub fn change(&self, to: &str) -> Change {
-        Change::Driver { host: self.host, to: to.to_owned(), before: self.place() }
+    /// Its way from a place to a driver, to be written down before it goes.
+    pub fn change(&self, before: &Place, to: &str) -> Change {
+        Change::Driver { host: self.host, to: to.to_owned(), before: before.clone() }
     }
 
     /// Its virtual functions.

@@ -11,7 +11,7 @@ use thiserror::Error;
 use tracing::warn;
 
 use super::link::{self, LinkError, vf};
-use super::movable::{MoveError, override_of};
+use super::movable::override_of;
 use super::pci::{PciDevice, PciError};
 use super::sysfs::{Sysfs, names, text};
 use crate::lease::{LeaseKey, Leases, Staleness, look};
@@ -24,8 +24,6 @@ pub const DRIVER: &str = "vfio-pci";
 #[derive(Debug, Error)]
 #[allow(missing_docs)]
 pub enum VfioError {
-    #[error(transparent)]
-    Move(#[from] MoveError),
     #[error("{host} is a physical function whose virtual function {vf} is used by {holder}: free that first")]
     VfInUse { host: HostBdf, vf: HostBdf, holder: String },
     #[error("{node} is open in {holder}: IOMMU group {group} can be used by one at a time; end that first")]

@@ -18,6 +18,7 @@ use crate::host::sysfs::Sysfs;
 use crate::host::vfio::{self, DRIVER, Users, VfioError};
 use crate::injection::Steps;
 use crate::lease::Leases;
+use crate::request::chain;
 
 impl From<VfioError> for Problem {
     fn from(error: VfioError) -> Problem {
@@ -79,8 +80,13 @@ impl Host {
     /// Looks, and if something is to be changed undoes what a command has left that died at that.
     pub(in crate::cli) fn to_change(dry_run: bool) -> Result<Host, Problem> {
         if !dry_run {
-            for change in undo_of_the_dead(&Folders::find()?)? {
+            let (undone, failed) = undo_of_the_dead(&Folders::find()?);
+            for change in undone {
                 eprintln!("qvirt: a command on this host died at work; undone: {change}");
+            }
+            if let Some(error) = failed {
+                // It may be just what this command mends.
+                eprintln!("warning: {}", chain(&error));
             }
         }
         Host::look()
@@ -114,7 +120,7 @@ impl Host {
                 Ok(value)
             }
             Err(error) => {
-                if let Err(undo) = begun.undo(&self.folders, &self.users) {
+                if let Err(undo) = begun.undo(&self.folders) {
                     return Err(error.and(&undo));
                 }
                 Err(error)
@@ -150,11 +156,12 @@ pub fn bind(hosts: &[HostBdf], dry_run: bool, as_json: bool) -> Result<Exit, Pro
     }
     if !dry_run {
         let bound = Bound::of(&host.folders)?;
-        let new = functions.iter().filter(|function| function.driver().as_deref() != Some(DRIVER));
-        host.make(new.map(|function| function.change(DRIVER)).collect(), |steps| {
-            functions.iter().try_for_each(|function| {
+        let places: Vec<_> = functions.iter().map(|function| (function, function.place())).collect();
+        let new = places.iter().filter(|(_, place)| place.driver.as_deref() != Some(DRIVER));
+        host.make(new.map(|(function, place)| function.change(place, DRIVER)).collect(), |steps| {
+            places.iter().try_for_each(|(function, place)| {
                 steps.enter("bind")?;
-                Ok(bound.bind(&host.folders, function)?)
+                Ok(bound.bind(&host.folders, function, place)?)
             })
         })?;
     }
@@ -216,7 +223,7 @@ pub fn sriov(name: &str, number: Option<u32>, dry_run: bool, as_json: bool) -> R
     }
     host.sysfs.can_set_vfs(&pf, number, &host.users)?;
     let before = u32::try_from(pf.vfs.len()).unwrap_or(u32::MAX);
-    host.make(vec![Change::Vfs { pf: pf.bdf, before }], |steps| {
+    host.make(vec![Change::Vfs { pf: pf.bdf, before, wanted: number }], |steps| {
         Ok(host.sysfs.set_vfs(&pf, number, &host.users, steps)?)
     })?;
     show(&host, &host.sysfs.pf(name)?, as_json)

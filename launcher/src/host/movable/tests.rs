@@ -81,5 +81,14 @@ fn what_does_not_move_to_a_vendors_driver_is_put_back() {
     assert_eq!(written("drivers/igbvf/unbind"), "0000:04:10.1");
     assert_eq!(written("devices/0000:04:10.1/driver_override"), "\n", "no override, as before");
     let error = sysfs.knows_driver("no_such_driver").expect_err("there is none").to_string();
-    assert!(error.contains("`modprobe no_such_driver` must work"), "{error}");
+    assert!(error.contains("so that `modprobe no_such_driver` loads it"), "{error}");
+}
+
+#[test]
+fn what_is_there_already_is_left_alone() {
+    let (temp, host) = tree(Some("igbvf"));
+    let sysfs = Sysfs::below(temp.path());
+    let function = Movable::find(&sysfs, host).expect("it is there");
+    function.bind("igbvf", &function.place()).expect("it has it");
+    assert_eq!(fs::read_to_string(temp.path().join("bus/pci/drivers_probe")).expect("a file"), "");
 }

@@ -112,11 +112,11 @@ async fn a_device_that_does_not_answer_the_kernel_is_waited_for_no_longer_than_t
     nix::unistd::mkfifo(&silent, nix::sys::stat::Mode::S_IRWXU).expect("a FIFO");
     let patience = std::time::Duration::from_millis(200);
     let looked = facts::look(Sysfs::below(temp.path()), patience).await;
+    // Its thread has an end too.
+    fs::write(&silent, "1\n").expect("somebody reads");
     let error = looked.expect_err("it does not answer").to_string();
     assert!(
         error.contains("could not be looked at within 200ms") && error.contains("pull it, or wait"),
         "{error}"
     );
-    // Its thread has an end too.
-    fs::write(&silent, "1\n").expect("somebody reads");
 }
