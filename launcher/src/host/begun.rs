@@ -95,7 +95,7 @@ impl fmt::Display for Change {
 }
 
 impl Change {
-    /// Undoes it as far as it was done; whether there was anything to undo. What somebody uses by now stays.
+    /// Undoes it as far as it was done. `false`: somebody uses it by now, so it stays.
     fn undo(&self, folders: &Folders) -> Result<bool, Box<dyn AnyError + Send + Sync>> {
         let sysfs = Sysfs::default();
         let users = Users::find(&Leases::open(&folders.leases)?);

@@ -11,7 +11,7 @@ use crate::folders::Folders;
 use crate::host::begun::{Begun, Change, undo_of_the_dead};
 use crate::host::bound::{Bound, BoundError};
 use crate::host::link::{self, LinkError};
-use crate::host::movable::{Movable, MoveError};
+use crate::host::movable::{Movable, MoveError, Place};
 use crate::host::pci::{PciDevice, PciError};
 use crate::host::sriov::SriovError;
 use crate::host::sysfs::Sysfs;
@@ -150,16 +150,17 @@ impl Host {
 pub fn bind(hosts: &[HostBdf], dry_run: bool, as_json: bool) -> Result<Exit, Problem> {
     let host = Host::to_change(dry_run)?;
     let functions: Vec<Movable<'_>> = hosts.iter().map(|bdf| host.free(*bdf)).collect::<Result<_, _>>()?;
-    let before: Vec<Option<String>> = functions.iter().map(Movable::driver).collect();
+    let places: Vec<Place> = functions.iter().map(Movable::place).collect();
+    let before: Vec<Option<String>> = places.iter().map(|place| place.driver.clone()).collect();
     if hosts.iter().any(|bdf| host.sysfs.iommu_group_of(*bdf).is_none()) {
         return Err(PciError::NoIommu.into());
     }
     if !dry_run {
         let bound = Bound::of(&host.folders)?;
-        let places: Vec<_> = functions.iter().map(|function| (function, function.place())).collect();
-        let new = places.iter().filter(|(_, place)| place.driver.as_deref() != Some(DRIVER));
+        let all = || functions.iter().zip(&places);
+        let new = all().filter(|(_, place)| place.driver.as_deref() != Some(DRIVER));
         host.make(new.map(|(function, place)| function.change(place, DRIVER)).collect(), |steps| {
-            places.iter().try_for_each(|(function, place)| {
+            all().try_for_each(|(function, place)| {
                 steps.enter("bind")?;
                 Ok(bound.bind(&host.folders, function, place)?)
             })
