@@ -3,7 +3,7 @@
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 
-use launcher::nbd::{Errno, Export, Extent, Features, Kind, Park, Reply, Request, Server};
+use launcher::nbd::{Bytes, Errno, Export, Extent, Features, Kind, Park, Reply, Request, Server};
 use serde_json::{Value, json};
 use tests::on_both;
 use tests::qemu::{QemuVersion, images};
@@ -46,7 +46,7 @@ impl Export for Memory {
         let mut bytes = self.bytes.lock().expect("no test panics here");
         let range = |offset: u64, length: u32| offset as usize..offset as usize + length as usize;
         Ok(match request {
-            Request::Read { offset, length } => Reply::Data(bytes[range(offset, length)].to_vec().into()),
+            Request::Read { offset, length } => Reply::Data(Bytes::from(&bytes[range(offset, length)])),
             Request::Write { offset, data, .. } => {
                 bytes[range(offset, data.len() as u32)].copy_from_slice(&data);
                 Reply::Done

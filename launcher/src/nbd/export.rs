@@ -2,8 +2,9 @@
 
 use std::future::Future;
 use std::io;
-use std::ops::Deref;
 use std::pin::Pin;
+
+use super::bytes::Bytes;
 
 /// What an export is made of. The server knows nothing of storage, and an export nothing of NBD.
 ///
@@ -82,7 +83,7 @@ pub enum Request {
     /// With `fua`, durable when answered; so below.
     Write {
         offset: u64,
-        data: Vec<u8>,
+        data: Bytes,
         fua: bool,
     },
     /// Everything answered before this was sent is durable when this is answered.
@@ -116,42 +117,6 @@ pub enum Reply {
     /// What is allocated from the offset asked about on: at least one extent, none of them empty.
     Extents(Vec<Extent>),
 }
-
-/// Bytes at the end of a buffer: what had to be aligned in memory need not be moved.
-#[derive(Clone, Debug, Default)]
-pub struct Bytes {
-    buffer: Vec<u8>,
-    from: usize,
-}
-
-impl Bytes {
-    /// Those from an index on, which is inside the buffer.
-    pub fn past(buffer: Vec<u8>, from: usize) -> Bytes {
-        Bytes { from: from.min(buffer.len()), buffer }
-    }
-}
-
-impl From<Vec<u8>> for Bytes {
-    fn from(buffer: Vec<u8>) -> Bytes {
-        Bytes { buffer, from: 0 }
-    }
-}
-
-impl Deref for Bytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.buffer[self.from..]
-    }
-}
-
-impl PartialEq for Bytes {
-    fn eq(&self, other: &Bytes) -> bool {
-        **self == **other
-    }
-}
-
-impl Eq for Bytes {}
 
 /// A run of blocks that are alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,6 +13,7 @@
 //! What one client can make the server keep in memory is bounded ([`MAX_PAYLOAD`], and twice that for all its requests). A client that breaks
 //! the protocol is cut off, with the reason in the log.
 
+mod bytes;
 mod export;
 mod handshake;
 mod park;
@@ -33,8 +34,9 @@ use tokio::sync::watch;
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::{debug, warn};
 
+pub use bytes::Bytes;
 use export::AnyExport;
-pub use export::{Bytes, Errno, Export, Extent, Features, Reply, Request};
+pub use export::{Errno, Export, Extent, Features, Reply, Request};
 pub use park::{Held, Kind, Park};
 pub use wire::MAX_PAYLOAD;
 

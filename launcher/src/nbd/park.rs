@@ -13,7 +13,7 @@
 
 use tokio::sync::watch;
 
-use super::{Errno, Export, Features, Reply, Request};
+use super::{Bytes, Errno, Export, Features, Reply, Request};
 
 /// What it keeps while it is silent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,7 +146,7 @@ impl<'a> Counted<'a> {
     fn new(held: &'a watch::Sender<Held>, mut request: Request) -> Counted<'a> {
         if let Request::Write { data, .. } = &mut request {
             // It will never be written; QEMU has it and sends it again.
-            *data = Vec::new();
+            *data = Bytes::default();
         }
         held.send_modify(|held| *held.of(&request) += 1);
         Counted { held, request }

@@ -15,7 +15,8 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
-use super::export::{AnyExport, Bytes, Errno};
+use super::bytes::Bytes;
+use super::export::{AnyExport, Errno};
 use super::handshake::Chosen;
 use super::wire::{Command, MAX_PAYLOAD, RequestHead};
 use super::{Cut, Exports};
@@ -24,8 +25,8 @@ use super::{Cut, Exports};
 const ROOM: u32 = 2 * MAX_PAYLOAD / PIECE;
 const PIECE: u32 = 512 << 10;
 
-/// What is read in one system call, and what small replies grow to before they are written.
-const BUFFER: usize = 64 << 10;
+/// What is read in one system call, but for payloads, and what small replies grow to before they are written.
+const BUFFER: usize = 16 << 10;
 
 /// Bytes of a reply up to which copying them is cheaper than another call.
 const SMALL: usize = 16 << 10;
@@ -106,16 +107,15 @@ async fn payload(
     reader: &mut BufReader<OwnedReadHalf>,
     head: RequestHead,
     wanted: bool,
-) -> Result<Vec<u8>, Cut> {
-    let mut data = Vec::new();
+) -> Result<Bytes, Cut> {
     if wanted {
-        data.resize(head.payload() as usize, 0);
+        let mut data = Bytes::leftover(head.payload() as usize);
         reader.read_exact(&mut data).await?;
-    } else {
-        let length = u64::from(head.payload());
-        tokio::io::copy(&mut reader.take(length), &mut tokio::io::sink()).await?;
+        return Ok(data);
     }
-    Ok(data)
+    let length = u64::from(head.payload());
+    tokio::io::copy(&mut reader.take(length), &mut tokio::io::sink()).await?;
+    Ok(Bytes::default())
 }
 
 /// What it takes to answer a request.
@@ -139,7 +139,7 @@ impl Answering {
 
 async fn answer(
     head: RequestHead,
-    data: Vec<u8>,
+    data: Bytes,
     checked: Result<(), Errno>,
     room: OwnedSemaphorePermit,
     with: Answering,
@@ -167,6 +167,8 @@ async fn send(mut stream: OwnedWriteHalf, mut outgoing: mpsc::UnboundedReceiver<
             stream.write_all(&small).await?;
         } else {
             write_both(&mut stream, &small, &data).await?;
+            // The client has something to do now, and what it asks for next had better be at the storage before more is copied.
+            tokio::task::yield_now().await;
         }
         small.clear();
     }

@@ -1,6 +1,7 @@
 //! The bytes of NBD, as its protocol document has them: constants, what a client sends, what it is answered. No I/O.
 
-use super::export::{Bytes, Errno, Extent, Features, Reply, Request};
+use super::bytes::Bytes;
+use super::export::{Errno, Extent, Features, Reply, Request};
 
 /// Bytes that one request may read or write; longer ones are answered EINVAL. QEMU asks for 32 MiB at most.
 pub const MAX_PAYLOAD: u32 = 32 << 20;
@@ -244,7 +245,7 @@ impl RequestHead {
     }
 
     /// The request; `data` is its payload. `None` for those that no export is asked.
-    pub fn request(&self, data: Vec<u8>) -> Option<Request> {
+    pub fn request(&self, data: Bytes) -> Option<Request> {
         let RequestHead { offset, length, .. } = *self;
         let has = |flag| self.flags & flag != 0;
         Some(match self.command {
@@ -302,7 +303,7 @@ impl RequestHead {
             Ok(Reply::Done) => (NONE, Vec::new(), Bytes::default()),
             Ok(Reply::Data(data)) => (OFFSET_DATA, self.offset.to_be_bytes().to_vec(), data),
             Ok(Reply::Extents(extents)) => {
-                (BLOCK_STATUS, context.to_be_bytes().to_vec(), self.extents(&extents).into())
+                (BLOCK_STATUS, context.to_be_bytes().to_vec(), Bytes::from(&*self.extents(&extents)))
             }
             // The number, and a text of no bytes.
             Err(errno) => (ERROR, [&(errno as u32).to_be_bytes()[..], &[0, 0]].concat(), Bytes::default()),

@@ -1,9 +1,9 @@
-//! The export in front of an image: requests go to the storage in threads of their own, and those that fail wait as `retry` has it.
+//! The export in front of an image: requests go to the storage, by `aio` or in threads of their own, and those that fail wait as `retry` has it.
 //!
 //! ```text
-//! handle ──▶ drill? ──▶ a thread at the storage ──▶ done: answered
-//!   ▲                                        └────▶ failed: kept ── interval, people, timeout ──▶ answered
-//!   └───────────────────────── again ──────────────────┘
+//! handle ──▶ drill? ──▶ aio ──▶ or a thread at the storage ──▶ done: answered
+//!   ▲                                                   └────▶ failed: kept ── interval, people, timeout ──▶ answered
+//!   └──────────────────────────── again ─────────────────────────┘
 //! ```
 //!
 //! A request that is kept goes with its connection. A call that has reached the storage does not: nothing can recall it. So a new connection,
@@ -18,6 +18,7 @@ use std::time::Instant;
 use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
+use super::aio::Aio;
 use super::retry::{Decision, Kind, Moment, PerKind, Policy, Retry};
 use super::storage::{Storage, unsupported};
 use crate::nbd::{Errno, Export, Features, Reply, Request};
@@ -52,6 +53,8 @@ impl State {
 #[derive(Debug)]
 pub struct Disk {
     storage: Arc<Storage>,
+    /// Only for direct I/O: what the page cache has or takes is done before a call returns.
+    aio: Option<Aio>,
     size: AtomicU64,
     next: AtomicU64,
     threads: Arc<Semaphore>,
@@ -67,8 +70,13 @@ impl Disk {
             running: BTreeMap::new(),
             waiting: 0,
         };
+        let aio = storage.is_direct().then(Aio::new);
+        if let Some(Err(error)) = &aio {
+            info!(%error, "no asynchronous I/O here: every request gets a thread");
+        }
         Disk {
             storage: Arc::new(storage),
+            aio: aio.and_then(Result::ok),
             size: AtomicU64::new(size),
             next: AtomicU64::new(0),
             threads: Arc::new(Semaphore::new(THREADS)),
@@ -100,8 +108,21 @@ impl Disk {
         Ok(size)
     }
 
-    /// Wakes what is kept when its time has come, for ever.
-    pub async fn tick(&self) {
+    /// Answers what the storage has ended, and wakes what is kept when its time has come, for ever.
+    pub async fn run(&self) {
+        let ended = async {
+            match &self.aio {
+                Some(aio) => aio.run().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            ended = ended => warn!(outcome = ?ended, "asynchronous I/O is broken: the proxy ends, to be started anew"),
+            () = self.tick() => {}
+        }
+    }
+
+    async fn tick(&self) {
         let mut state = self.watch();
         loop {
             let wake_at = state.borrow_and_update().retry.wake_at();
@@ -122,9 +143,15 @@ impl Disk {
     }
 
     /// One attempt. The request comes back with what came of it.
-    async fn attempt(&self, id: u64, request: Request) -> (Request, io::Result<Reply>) {
+    async fn attempt(&self, id: u64, mut request: Request) -> (Request, io::Result<Reply>) {
         if *self.state.borrow().drill.clone().of(Kind::of(&request)) {
             return (request, Err(io::Error::from_raw_os_error(libc::EIO)));
+        }
+        if let Some(aio) = &self.aio {
+            let running = Running::new(self.state.clone(), id);
+            if let Some(outcome) = self.storage.submit(aio, &mut request, running).await {
+                return (request, outcome);
+            }
         }
         let permit = self.threads.clone().acquire_owned().await.expect("nobody closes it");
         let running = Running::new(self.state.clone(), id);

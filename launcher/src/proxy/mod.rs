@@ -1,7 +1,7 @@
 //! `qvirt io-proxy`: an NBD server in front of one image that tries failed requests again, so that QEMU, and the guest, see no outage.
 //!
 //! ```text
-//! QEMU ──NBD──▶ disk ──▶ storage (threads)      disk: what is kept, when it is tried again and when given up (`retry`)
+//! QEMU ──NBD──▶ disk ──▶ storage (aio, threads)   disk: what is kept, when it is tried again and when given up (`retry`)
 //!                ▲
 //! owner ──JSON──▶ control                       told what is kept; may hurry it, give it up, park it, or play an outage
 //! ```
@@ -16,6 +16,7 @@
 //! The control socket is there first. Until the image is open, clients wait on it; if it cannot be opened within [`OPENING`], those there are
 //! told `{"event": "failed", "error": "..."}`, and the process ends with status 1. The NBD socket is there before the first state is told.
 
+mod aio;
 mod control;
 mod disk;
 mod retry;
@@ -116,7 +117,7 @@ async fn serve(
     let quit = Arc::new(Notify::new());
     tokio::select! {
         () = control::serve(listener, disk.clone(), quit.clone()) => {}
-        () = disk.tick() => {}
+        () = disk.run() => {}
         () = quit.notified() => {}
         _ = terminated.recv() => {}
     }

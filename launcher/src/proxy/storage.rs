@@ -1,4 +1,4 @@
-//! The file or block device behind the proxy. Every call blocks, for as long as the storage likes.
+//! The file or block device behind the proxy. Every call but [`Storage::submit`] blocks, for as long as the storage likes.
 //!
 //! A failed write must leave no doubt, or a retry is worth nothing. The page cache leaves one: when the kernel cannot write back what it was
 //! given, it says so to one flush and forgets the data. So cached writes that are to be retried go through to the storage one by one
@@ -11,12 +11,13 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, StatxFlags};
 
+use super::aio::{Aio, Direction};
 use crate::nbd::{Bytes, Extent, Features, Reply, Request};
 
 #[cfg(test)]
 mod tests;
 
-/// What memory, offsets and lengths of direct I/O are multiples of where the system does not say.
+/// What offsets and lengths of direct I/O are multiples of where the system does not say.
 const PAGE: u32 = 4096;
 
 /// Zeros written at once where the storage has no quicker way.
@@ -86,6 +87,11 @@ impl Storage {
         Ok(storage)
     }
 
+    /// Whether it goes past the page cache.
+    pub fn is_direct(&self) -> bool {
+        self.options.direct
+    }
+
     /// The image's path.
     pub fn path(&self) -> &Path {
         &self.options.path
@@ -124,7 +130,7 @@ impl Storage {
             }
             Request::Flush => true,
             Request::Write { offset, ref data, fua } => {
-                self.write(offset, data)?;
+                self.file.write_all_at(data, offset)?;
                 fua
             }
             Request::Trim { offset, length, fua } => {
@@ -142,17 +148,38 @@ impl Storage {
         Ok(Reply::Done)
     }
 
-    fn read(&self, offset: u64, length: usize) -> io::Result<Bytes> {
-        let spare = if self.options.direct { PAGE as usize } else { 0 };
-        let mut buffer = vec![0; length + spare];
-        let from = if self.options.direct { buffer.as_ptr().align_offset(PAGE as usize) } else { 0 };
-        buffer.truncate(from + length);
-        self.fill(offset, &mut buffer[from..])?;
-        Ok(Bytes::past(buffer, from))
+    /// Carries out a request without a thread if that can be; a thread is to [`Storage::perform`] it if there is no outcome.
+    pub async fn submit(
+        &self,
+        aio: &Aio,
+        request: &mut Request,
+        until_ended: impl Send + 'static,
+    ) -> Option<io::Result<Reply>> {
+        match request {
+            Request::Read { offset, length } => {
+                let data = Bytes::leftover(*length as usize);
+                let (data, outcome) = aio.call(&self.file, Direction::Read, *offset, data, until_ended).await;
+                Some(outcome?.map(|()| Reply::Data(data)))
+            }
+            Request::Write { offset, data, fua: false } => {
+                let (back, outcome) =
+                    aio.call(&self.file, Direction::Write, *offset, std::mem::take(data), until_ended).await;
+                *data = back;
+                Some(outcome?.map(|()| Reply::Done))
+            }
+            _ => None,
+        }
     }
 
-    /// Reads until `bytes` is full or the file ends; what is past its end stays as it is, zeros.
-    fn fill(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+    fn read(&self, offset: u64, length: usize) -> io::Result<Bytes> {
+        let mut bytes = Bytes::leftover(length);
+        let read = self.fill(offset, &mut bytes)?;
+        bytes[read..].fill(0);
+        Ok(bytes)
+    }
+
+    /// Reads until `bytes` is full or the file ends; how many bytes.
+    fn fill(&self, offset: u64, bytes: &mut [u8]) -> io::Result<usize> {
         let mut done = 0;
         while done < bytes.len() {
             match self.file.read_at(&mut bytes[done..], offset + done as u64) {
@@ -168,18 +195,7 @@ impl Storage {
                 break;
             }
         }
-        Ok(())
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        if !self.options.direct || data.as_ptr().align_offset(PAGE as usize) == 0 {
-            return self.file.write_all_at(data, offset);
-        }
-        let mut bounce = vec![0; data.len() + PAGE as usize];
-        let from = bounce.as_ptr().align_offset(PAGE as usize);
-        let aligned = &mut bounce[from..from + data.len()];
-        aligned.copy_from_slice(data);
-        self.file.write_all_at(aligned, offset)
+        Ok(done)
     }
 
     fn allocate(&self, flags: FallocateFlags, offset: u64, length: u32) -> io::Result<()> {
@@ -212,11 +228,12 @@ impl Storage {
         if only_fast {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
-        let zeros = vec![0; ZEROS.min(length as usize)];
+        let mut zeros = Bytes::leftover(ZEROS.min(length as usize));
+        zeros.fill(0);
         let mut done = 0;
         while done < u64::from(length) {
             let piece = zeros.len().min((u64::from(length) - done) as usize);
-            self.write(offset + done, &zeros[..piece])?;
+            self.file.write_all_at(&zeros[..piece], offset + done)?;
             done += piece as u64;
         }
         Ok(())

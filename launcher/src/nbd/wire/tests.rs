@@ -26,9 +26,12 @@ fn head(command: u16, flags: u16, offset: u64, length: u32) -> RequestHead {
 
 #[test]
 fn requests_are_what_their_bytes_say() {
-    let request = |command, flags| head(command, flags, 512, 1024).request(vec![7; 3]);
+    let request = |command, flags| head(command, flags, 512, 1024).request(Bytes::from(&[7; 3][..]));
     assert_eq!(request(0, 0), Some(Request::Read { offset: 512, length: 1024 }));
-    assert_eq!(request(1, FUA), Some(Request::Write { offset: 512, data: vec![7; 3], fua: true }));
+    assert_eq!(
+        request(1, FUA),
+        Some(Request::Write { offset: 512, data: Bytes::from(&[7; 3][..]), fua: true })
+    );
     assert_eq!(request(2, 0), None);
     assert_eq!(request(3, 0), Some(Request::Flush));
     assert_eq!(request(4, 0), Some(Request::Trim { offset: 512, length: 1024, fua: false }));
@@ -65,15 +68,15 @@ fn what_was_not_offered_is_refused() {
 #[test]
 fn replies_are_simple_or_a_chunk() {
     let read = head(0, 0, 512, 2);
-    let (bytes, data) = read.reply(false, 0, Ok(Reply::Data(vec![1, 2].into())));
+    let (bytes, data) = read.reply(false, 0, Ok(Reply::Data(Bytes::from(&[1, 2][..]))));
     assert_eq!(
         (bytes.as_slice(), &*data),
         (&b"\x67\x44\x66\x98\0\0\0\0\0\0\0\0\0\0\x11\x22"[..], &[1, 2][..])
     );
-    let (bytes, data) = read.reply(true, 0, Ok(Reply::Data(vec![1, 2].into())));
+    let (bytes, data) = read.reply(true, 0, Ok(Reply::Data(Bytes::from(&[1, 2][..]))));
     let chunk = b"\x66\x8e\x33\xef\0\x01\0\x01\0\0\0\0\0\0\x11\x22\0\0\0\x0a\0\0\0\0\0\0\x02\0";
     assert_eq!((bytes.as_slice(), &*data), (&chunk[..], &[1, 2][..]));
-    let (bytes, _) = read.reply(true, 0, Ok(Reply::Data(Bytes::past(vec![0; 9], 8))));
+    let (bytes, _) = read.reply(true, 0, Ok(Reply::Data(Bytes::from(&[0][..]))));
     assert_eq!(bytes[6..8], *b"\x80\x01", "too short, so an error");
     let (bytes, _) = read.reply(true, 0, Err(Errno::Io));
     assert_eq!(bytes[4..], *b"\0\x01\x80\x01\0\0\0\0\0\0\x11\x22\0\0\0\x06\0\0\0\x05\0\0");

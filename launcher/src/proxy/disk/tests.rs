@@ -6,15 +6,20 @@ use tokio::time::timeout;
 
 use super::super::storage::Options;
 use super::*;
+use crate::nbd::Bytes;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
 fn disk() -> (Disk, tempfile::NamedTempFile) {
+    disk_with(false)
+}
+
+fn disk_with(direct: bool) -> (Disk, tempfile::NamedTempFile) {
     let file = tempfile::NamedTempFile::new().expect("a file");
     let options = Options {
         path: file.path().to_owned(),
         read_only: false,
-        direct: false,
+        direct,
         unmap: false,
         write_through: false,
         size: 1 << 20,
@@ -54,7 +59,7 @@ async fn a_request_that_is_kept_goes_with_its_connection() {
     let (disk, _file) = disk();
     disk.change(|state| state.drill.write = true);
     let mut states = disk.watch();
-    let request = Request::Write { offset: 0, data: vec![1; 512], fua: false };
+    let request = Request::Write { offset: 0, data: Bytes::from(&[1; 512][..]), fua: false };
     // What is seen there keeps the state from changing, so it is let go of at once.
     let mut kept = async || states.wait_for(|state| state.retry.held().write == 1).await.map(drop);
     tokio::select! {
@@ -73,4 +78,24 @@ async fn a_request_that_is_kept_goes_with_its_connection() {
     });
     assert_eq!(answered.expect("in time"), Ok(Reply::Done));
     assert!(disk.watch().borrow().retry.outage().is_none());
+}
+
+#[tokio::test]
+async fn direct_io_to_what_is_allocated_needs_no_thread() {
+    let (disk, _file) = disk_with(true);
+    let (offset, length) = (4096, 8192);
+    let write = |byte| Request::Write { offset, data: Bytes::from(&vec![byte; 8192][..]), fua: false };
+    let work = async {
+        disk.handle(write(1)).await.expect("a thread allocates the blocks");
+        disk.handle(Request::Flush).await.expect("and makes them durable");
+        let _all_threads = disk.threads.acquire_many(THREADS as u32).await.expect("nobody closes it");
+        assert_eq!(disk.handle(write(2)).await, Ok(Reply::Done));
+        let read = disk.handle(Request::Read { offset, length }).await.expect("read");
+        assert_eq!(read, Reply::Data(Bytes::from(&vec![2; 8192][..])));
+    };
+    tokio::select! {
+        () = disk.run() => panic!("it runs for ever"),
+        done = timeout(PATIENCE, work) => done.expect("in time"),
+    }
+    assert_eq!(disk.watch().borrow().running().0, 0);
 }

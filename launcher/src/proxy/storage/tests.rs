@@ -31,7 +31,8 @@ fn read(storage: &Storage, offset: u64, length: u32) -> Vec<u8> {
 }
 
 fn write(storage: &Storage, offset: u64, data: Vec<u8>) {
-    let written = storage.perform(&Request::Write { offset, data, fua: true }).expect("written");
+    let written =
+        storage.perform(&Request::Write { offset, data: Bytes::from(&*data), fua: true }).expect("written");
     assert_eq!(written, Reply::Done);
 }
 
