@@ -137,6 +137,8 @@ const HOLD_SCSI_REPORT: &str = "a SCSI disk's held requests can only be failed b
     \"hold\", \"pause\" or \"unplug\"";
 const LOST_INTERRUPTS: &str = "this QEMU may lose the interrupt of a disk in an iothread when the VM is stopped, as this engine does at each \
     attempt, and the guest would wait for ever: write engine = \"proxy\", or take the disk out of the iothread";
+const NO_UNPLUG: &str =
+    "pcie.0 and conventional PCI buses take no hot-unplug: give the disk a root port, or another at_timeout";
 const PAUSE_OTHERWISE: &str = "the VM is paused from the first error on and stays so: write at_timeout = \"pause\", or engine = \"auto\"";
 
 impl OnError {
@@ -185,14 +187,21 @@ impl Retry {
         }
     }
 
-    /// Whether a running disk may retry so from now on; otherwise why not. `is_blk`: whether it is on virtio-blk.
-    pub fn check_change(&self, is_blk: bool) -> Result<(), &'static str> {
+    /// Whether a running disk may retry so from now on; otherwise why not. `act`: what was asked for at the timeout.
+    pub fn check_change(&self, disk: &DiskConfig, act: Option<AtTimeout>) -> Result<(), &'static str> {
         if self.interval < Retry::SHORTEST {
             return Err("the interval is 100ms at least");
         }
         if self.timeout.is_none() {
-            return Ok(());
+            return match act {
+                Some(_) => Err("it retries for ever, so an at_timeout would be without effect: give a timeout too"),
+                None => Ok(()),
+            };
         }
+        if self.at_timeout == AtTimeout::Unplug && !disk.is_unpluggable() {
+            return Err(NO_UNPLUG);
+        }
+        let is_blk = disk.bus() == DiskBus::VirtioBlk;
         match (self.engine, self.at_timeout) {
             (Engine::Hold, AtTimeout::Report) if !is_blk => Err(HOLD_SCSI_REPORT),
             (Engine::Pause, at_timeout) if at_timeout != AtTimeout::Pause => Err(PAUSE_OTHERWISE),
@@ -301,13 +310,14 @@ impl DiskConfig {
                 "write timeout = \"10s\", say, or leave it out",
             );
         }
-        if errors.at_timeout == Some(AtTimeout::Unplug)
-            && matches!(self.seat, Some(PciSeat::Root(..) | PciSeat::Bridge(..)))
-        {
-            let rule = "pcie.0 and conventional PCI buses take no hot-unplug: give the disk a root port, or another at_timeout";
-            return Err(value(id, "on_error.at_timeout", AtTimeout::Unplug, rule));
+        if errors.at_timeout == Some(AtTimeout::Unplug) && !self.is_unpluggable() {
+            return Err(value(id, "on_error.at_timeout", AtTimeout::Unplug, NO_UNPLUG));
         }
         Ok(())
+    }
+
+    fn is_unpluggable(&self) -> bool {
+        !matches!(self.seat, Some(PciSeat::Root(..) | PciSeat::Bridge(..)))
     }
 
     /// The engine that was asked for, if it can do what is asked of it, or the best one that can.

@@ -312,9 +312,16 @@ pub async fn end_qemu(folders: &Folders, vm: &VmName) -> Result<(), AdoptError> 
         .unwrap_or_default();
     let process = process_of(vm, &files, memory.identity.as_ref())?;
     info!(%vm, pid = process.pid(), "ending QEMU");
-    if end(&process).await {
-        return Ok(());
-    }
+    let has_ended = end(&process).await;
     let devices: Vec<Placed> = memory.devices.into_iter().map(|(device, _)| device).collect();
-    Err(AdoptError::Held { words: held_words(vm, images(&devices)) })
+    if !has_ended {
+        return Err(AdoptError::Held { words: held_words(vm, images(&devices)) });
+    }
+    let held = io_proxy::kill(devices.iter().filter_map(Placed::io_proxy).cloned().collect());
+    match held.as_slice() {
+        [] => Ok(()),
+        held => {
+            Err(AdoptError::Held { words: held_words(vm, held.iter().map(|proxy| proxy.image.as_str())) })
+        }
+    }
 }

@@ -365,6 +365,13 @@ pub struct Unfinished {
     source: NeedError,
 }
 
+impl Unfinished {
+    /// Whether an io-proxy is in the way, which the kernel lets go when its storage answers.
+    pub fn ends_with_storage(&self) -> bool {
+        matches!(self.source, NeedError::ProxyStays { .. })
+    }
+}
+
 /// Gives back all that a VM had of the host, and removes its runtime folder. The caller holds the owner lock, and QEMU is dead.
 pub fn clear_up(
     host: &Host,
@@ -374,8 +381,12 @@ pub fn clear_up(
     let mut devices: Vec<Placed> = devices.collect();
     devices.reverse();
     let mut outcome = Ok(());
+    let mut in_use = Vec::new();
     for device in &devices {
         if let Err(source) = host.give_all_back(device) {
+            if matches!(source, NeedError::ProxyStays { .. }) {
+                in_use.push(device.id.as_str());
+            }
             warn!(device = %device.id, error = crate::request::chain(&source), "could not give everything back to the host");
             outcome = outcome.and(Err(Unfinished { vm: host.vm.clone(), id: device.id.clone(), source }));
         }
@@ -383,7 +394,7 @@ pub fn clear_up(
     if let Err(error) = host.store().sweep(&host.vm) {
         warn!(error = crate::request::chain(&error), "an overlay that was not finished may be left");
     }
-    if let Err(error) = host.leases.release_all(&host.vm, run_dir) {
+    if let Err(error) = host.leases.release_all_but(&host.vm, run_dir, &in_use) {
         warn!(error = crate::request::chain(&error), "could not release all leases");
     }
     outcome.inspect(|()| remove_folder(run_dir))

@@ -285,9 +285,18 @@ impl Leases {
     /// # Errors
     /// A lease cannot be read or stored; those before it are released.
     pub fn release_all(&self, vm: &VmName, run_dir: &Path) -> Result<(), LeaseError> {
+        self.release_all_but(vm, run_dir, &[])
+    }
+
+    /// Takes back everything that this user's `vm` has, but for what these devices have.
+    ///
+    /// # Errors
+    /// As [`Leases::release`].
+    pub fn release_all_but(&self, vm: &VmName, run_dir: &Path, devices: &[&str]) -> Result<(), LeaseError> {
         let _lock = self.lock()?;
+        let stays = |held: &Holder| !held.is(vm, run_dir) || devices.contains(&held.device.as_str());
         for (_, lease) in self.leases(is_own)? {
-            self.keep(lease, |held| !held.is(vm, run_dir))?;
+            self.keep(lease, stays)?;
         }
         Ok(())
     }

@@ -77,7 +77,7 @@ impl Placed {
             let (id, key) = (self.id.clone(), "snapshot");
             Err(Refusal::Value { id, key, value: value.to_owned(), rule: rule.to_owned() })
         };
-        if self.needs.iter().any(|need| matches!(need, HostNeed::IoProxy(_))) {
+        if self.io_proxy().is_some() {
             return refuse("while its image is behind an io-proxy", "stop the VM first");
         }
         let mut placed = self.clone();

@@ -9,12 +9,20 @@ use super::{Layout, Placed};
 use crate::capabilities::Capabilities;
 use crate::device::DeviceConfig;
 use crate::disk::DiskConfig;
-use crate::host::{Access, Format, HostNeed, Layer};
+use crate::host::{Access, Format, HostNeed, IoProxy, Layer};
 use crate::id::{DeviceId, Generation};
 use crate::refusal::Refusal;
 use crate::spec::{Backend, Call};
 
 impl Placed {
+    /// The proxy in front of a disk's image.
+    pub fn io_proxy(&self) -> Option<&IoProxy> {
+        self.needs.iter().find_map(|need| match need {
+            HostNeed::IoProxy(proxy) => Some(proxy),
+            _ => None,
+        })
+    }
+
     /// The layers of a disk's image, top first; nothing for what has no image.
     pub fn layers(&self) -> Vec<Layer> {
         let nodes = self.spec.backends.iter().filter_map(|backend| match backend {
@@ -27,10 +35,7 @@ impl Placed {
             HostNeed::Image { path, .. } => Some(path),
             _ => None,
         });
-        let proxied = self.needs.iter().find_map(|need| match need {
-            HostNeed::IoProxy(proxy) => Some(proxy),
-            _ => None,
-        });
+        let proxied = self.io_proxy();
         let layer = |(path, pair): (&String, &[&crate::spec::Props])| {
             let driver = |props: &crate::spec::Props| {
                 props.get("driver").and_then(Value::as_str).unwrap_or_default().to_owned()
@@ -102,7 +107,7 @@ impl Layout {
     pub fn with_overlay(&self, name: &str, path: &str, qemu: &Capabilities) -> Result<Placed, Refusal> {
         let old = self.can_have_overlay(name)?;
         let disk = old.writable_disk()?;
-        if old.needs.iter().any(|need| matches!(need, HostNeed::IoProxy(_))) {
+        if old.io_proxy().is_some() {
             return Err(Refusal::Value {
                 id: old.id.clone(),
                 key: "snapshot",

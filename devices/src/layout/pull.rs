@@ -68,7 +68,7 @@ impl Placed {
     /// The disk with its uppermost layer on `base`, one of its layers, or on nothing.
     pub fn pulled_onto(&self, base: Option<&str>) -> Result<Pull, Refusal> {
         let (layers, depth) = (self.layers(), self.layers_above(base)?);
-        if self.needs.iter().any(|need| matches!(need, HostNeed::IoProxy(_))) {
+        if self.io_proxy().is_some() {
             return self.not_pulled("while its image is behind an io-proxy", "stop the VM first");
         }
         let Some(Backend::Blockdev(into)) = self.spec.backends.last().cloned() else {

@@ -4,7 +4,6 @@ use serde_json::json;
 
 use super::Layout;
 use crate::device::DeviceConfig;
-use crate::host::HostNeed;
 use crate::refusal::Refusal;
 use crate::spec::Call;
 use crate::units::Size;
@@ -21,7 +20,7 @@ impl Layout {
             Err(Refusal::Value { id, key, value: size.to_string(), rule })
         };
         let is_written = matches!(&placed.config, DeviceConfig::Disk(disk) if !disk.is_read_only());
-        let is_proxied = placed.needs.iter().any(|need| matches!(need, HostNeed::IoProxy(_)));
+        let is_proxied = placed.io_proxy().is_some();
         let is_block_device = placed.layers().first().is_some_and(|top| top.block_device);
         match placed.top_node() {
             _ if !is_written => refuse("only a disk that is written can get another size"),

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use devices::retry::AtTimeout;
+
 use super::args::{Drill, Io};
 use super::client::{Client, connect};
 use super::{Exit, Problem, print};
@@ -67,14 +69,25 @@ pub async fn drill(drill: Drill) -> Result<Exit, Problem> {
     say(&format!("{}: its storage fails for {:?}", drill.disk, drill.fail_for));
     let mut last = IoState::Ok;
     // After the outage a disk is tried at its interval; whatever takes longer than twice that is worth an error.
+    let act = before.on_error.as_ref().filter(|retry| retry.timeout.is_some()).map(|retry| retry.at_timeout);
     let interval = before.on_error.as_ref().map_or(Duration::ZERO, |retry| retry.interval.duration());
     let deadline = drill.fail_for + interval * 2 + PATIENCE;
     loop {
-        let now = disk(&client, &drill.disk).await?;
-        let io = now.io.as_ref().ok_or_else(|| gone(&drill.disk))?;
+        let status = client.status().await?;
+        let Some(io) = status.device(&drill.disk).and_then(|disk| disk.io.as_ref()) else {
+            if act != Some(AtTimeout::Unplug) {
+                return Err(gone(&drill.disk));
+            }
+            say("the disk was unplugged, as its at_timeout says: `qvirt attach` gives it back");
+            return Ok(Exit::Done);
+        };
         if io.state != last {
             say(&print::io_words(io));
             last = io.state;
+        }
+        if !io.drilled && io.state == IoState::TimedOut && act == Some(AtTimeout::Pause) {
+            say("the VM is paused, as its at_timeout says: `qvirt resume` tries the disk again");
+            return Ok(Exit::Done);
         }
         if !io.drilled && io.state == IoState::Ok {
             let counted = |f: fn(&crate::suspend::Counters) -> u64| {

@@ -18,7 +18,7 @@ use crate::blueprint::Blueprint;
 use crate::console::{Console, Until, User};
 use crate::control::{self, Shared};
 use crate::folders::{Folders, VmName};
-use crate::launch::{clear_up, launch};
+use crate::launch::{Unfinished, clear_up, launch};
 use crate::owner::{Born, Ending, Handle, Owner, Signal};
 
 /// What a detached owner writes when the guest runs.
@@ -222,8 +222,14 @@ async fn end(folders: &Folders, vm: &VmName, ending: Ending) -> Result<Exit, Pro
         Some(shop) => {
             let workshop = *shop;
             drop(workshop.journal);
-            let cleared =
-                clear_up(&workshop.host, devices.into_iter().map(|(device, _)| device), files.dir());
+            let devices = devices.into_iter().map(|(device, _)| device);
+            let clear_up = || clear_up(&workshop.host, devices.clone(), files.dir());
+            let mut cleared = clear_up();
+            while cleared.as_ref().is_err_and(Unfinished::ends_with_storage) {
+                // Whoever looks for the VM finds an owner, and the leases are held.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                cleared = clear_up();
+            }
             cleared.map_err(|error| Problem::of(Exit::Failed, &error))?;
         }
         None => warn!(%vm, "a job did not end with QEMU: `qvirt recover {vm}` clears up"),

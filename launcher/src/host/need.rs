@@ -259,11 +259,16 @@ impl Host {
         }
     }
 
-    /// Gives everything back, the last first; goes on after an error and returns the first.
+    /// Gives everything back, the last first; goes on after an error and returns the first. What an io-proxy still uses is not given back.
     pub fn give_all_back(&self, device: &Placed) -> Result<(), NeedError> {
-        let outcomes: Vec<_> =
-            device.needs.iter().rev().map(|need| self.give_back(&device.id, need)).collect();
-        outcomes.into_iter().collect()
+        let mut outcome = Ok(());
+        for need in device.needs.iter().rev() {
+            match self.give_back(&device.id, need) {
+                Err(stays @ NeedError::ProxyStays { .. }) => return outcome.and(Err(stays)),
+                given => outcome = outcome.and(given),
+            }
+        }
+        outcome
     }
 
     /// What is known of snapshots.

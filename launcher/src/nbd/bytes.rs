@@ -24,6 +24,8 @@ pub struct Bytes {
     memory: BytesMut,
     from: usize,
     length: usize,
+    /// It goes back to the others when it is dropped.
+    is_piece: bool,
 }
 
 impl Bytes {
@@ -31,12 +33,11 @@ impl Bytes {
     pub fn leftover(length: usize) -> Bytes {
         let piece = if (1..=PIECE).contains(&length) { pool().pop() } else { None };
         match piece {
-            Some(memory) => Bytes { memory, from: 0, length },
+            Some(memory) => Bytes { memory, from: 0, length, is_piece: true },
             None if length == 0 => Bytes::default(),
             None => {
-                // Larger than a piece, so that it is none of them.
-                let memory = BytesMut::zeroed(length.max(PIECE) + PAGE);
-                Bytes { from: memory.as_ptr().align_offset(PAGE), memory, length }
+                let memory = BytesMut::zeroed(length + PAGE);
+                Bytes { from: memory.as_ptr().align_offset(PAGE), memory, length, is_piece: false }
             }
         }
     }
@@ -47,7 +48,7 @@ fn pool() -> MutexGuard<'static, Vec<BytesMut>> {
     POOL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Memory for all pieces. Nothing of it is there before it is used.
+/// Memory for all pieces, which the system gives when it is used.
 #[allow(unsafe_code)]
 fn arena() -> Vec<BytesMut> {
     let mut memory = BytesMut::zeroed(2 * ARENA);
@@ -60,7 +61,7 @@ fn arena() -> Vec<BytesMut> {
 
 impl Drop for Bytes {
     fn drop(&mut self) {
-        if self.memory.len() == PIECE {
+        if self.is_piece {
             pool().push(std::mem::take(&mut self.memory));
         }
     }
@@ -128,7 +129,7 @@ mod tests {
     #[test]
     fn when_all_pieces_are_in_use_there_is_other_memory() {
         let many: Vec<Bytes> = (0..=PIECES).map(|_| Bytes::leftover(PIECE)).collect();
-        assert!(many.iter().any(|bytes| bytes.memory.len() > PIECE));
+        assert!(many.iter().any(|bytes| !bytes.is_piece));
         drop(many);
         assert!(pool().len() <= PIECES);
     }

@@ -12,6 +12,7 @@ use super::{Locks, Owner, Reply, Signal, exit_words, not_now};
 use qmp_client::KnownEvent;
 
 use crate::control::event_line;
+use crate::host::io_proxy;
 use crate::launch::{GRACE, HELD, held_words};
 use crate::process::{Exit, last_lines};
 use crate::record::{Launch, Stage};
@@ -328,9 +329,10 @@ impl Owner {
         self.announce("QVIRT_STOPPED", json!({"reason": reason, "in-order": in_order}));
         let reboot = self.farewell.reboot.take();
         let waiting = self.farewell.waiting.drain(..).chain(reboot).map(|(_, reply)| reply);
-        for reply in waiting.chain(self.farewell.killed.drain(..)) {
+        for reply in waiting {
             let _ = reply.send(Ok(json!({"outcome": "stopped", "reason": reason})));
         }
+        self.answer_killers(&reason).await;
         self.hang_up().await;
         // A job at work learns from the closed connection, and brings the workshop home.
         let shop = self.shop_when_home().await;
@@ -342,6 +344,23 @@ impl Owner {
             shop,
             launch: Box::new(self.launch),
             locks: self.locks,
+        }
+    }
+
+    /// QEMU was killed, but what it had given to the io-proxies may still be on its way to their storage.
+    async fn answer_killers(&mut self, reason: &str) {
+        if self.farewell.killed.is_empty() {
+            return;
+        }
+        let proxies = self.layout.devices().iter().filter_map(Placed::io_proxy).cloned().collect();
+        let held = tokio::task::spawn_blocking(|| io_proxy::kill(proxies)).await.unwrap_or_default();
+        let images = held.iter().map(|proxy| proxy.image.as_str());
+        let words = held_words(&self.launch.vm, images);
+        for reply in self.farewell.killed.drain(..) {
+            let _ = reply.send(match held.as_slice() {
+                [] => Ok(json!({"outcome": "stopped", "reason": reason})),
+                _ => Err(Failure::new(Class::Pending, &words)),
+            });
         }
     }
 

@@ -1,7 +1,10 @@
 //! Direct I/O without a thread that waits for each call: io_submit(2), which the kernel carries out while this process does other things.
 //!
-//! A short cut and no more. What the kernel cannot begin at once (`RWF_NOWAIT`: blocks that are to be allocated, a queue that is full, a file
-//! system that has no such way) and what it leaves half done is for a thread, whose outcome counts. So nothing here waits for the storage.
+//! A short cut and no more. What the kernel says it cannot begin at once (`RWF_NOWAIT`: a queue that is full, a file system that has no such
+//! way) and what it leaves half done is for a thread, whose outcome counts.
+//!
+//! It does not say so always. A write to a file waits for a file system that is frozen, and for its journal: it is not to be made this way. A read
+//! of a file may wait until the kernel has looked up where it lies: so whoever submits is not who talks to people.
 //!
 //! Not io_uring: a process that is killed is gone before the writes that it has given to io_uring have ended, and one of them could then be
 //! the last to arrive at a block that its successor has written meanwhile. With this way the kernel keeps the process until they have
@@ -17,6 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::event::{EventfdFlags, eventfd};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::oneshot;
+use tracing::info;
 
 use crate::nbd::Bytes;
 use crate::process::readable;
@@ -24,7 +28,7 @@ use crate::process::readable;
 #[cfg(test)]
 mod tests;
 
-/// Calls at once; the rest is for threads.
+/// How many calls the kernel is asked to take at once; what it does not take is for threads.
 const DEPTH: usize = 128;
 
 /// What a call does.
@@ -44,7 +48,7 @@ pub struct Aio {
     /// Readable when calls have ended.
     ended: AsyncFd<OwnedFd>,
     calls: Mutex<Calls>,
-    /// This file cannot be used so.
+    /// The file system has no such way.
     refused: AtomicBool,
 }
 
@@ -52,6 +56,18 @@ pub struct Aio {
 struct Calls {
     running: HashMap<u64, Call>,
     last: u64,
+}
+
+impl Calls {
+    fn begin(&mut self, call: Call) -> u64 {
+        self.last += 1;
+        self.running.insert(self.last, call);
+        self.last
+    }
+
+    fn end(&mut self, number: u64) -> Call {
+        self.running.remove(&number).expect("it was begun, and is ended once")
+    }
 }
 
 /// The memory of a call is the kernel's until it has ended, whoever still waits for it.
@@ -79,7 +95,9 @@ struct ControlBlock {
     eventfd: u32,
 }
 
-const _: () = assert!(cfg!(target_endian = "little") && size_of::<ControlBlock>() == 64);
+const _: () = assert!(
+    cfg!(all(target_endian = "little", target_pointer_width = "64")) && size_of::<ControlBlock>() == 64
+);
 
 /// `IOCB_FLAG_RESFD`: the eventfd is told.
 const TELL_EVENTFD: u32 = 1;
@@ -142,10 +160,7 @@ impl Aio {
             eventfd: self.ended.get_ref().as_raw_fd() as u32,
             ..ControlBlock::default()
         };
-        let mut calls = self.calls();
-        calls.last += 1;
-        block.data = calls.last;
-        calls.running.insert(block.data, call);
+        block.data = self.calls().begin(call);
         let blocks = [&raw mut block];
         // SAFETY: the kernel has read the block when this returns. The memory it points at stays where it is and is touched by nobody until the
         // call has ended: it belongs to `calls`, which gives it up in `end`, or is dropped after the kernel has let go of it in `drop`.
@@ -153,8 +168,8 @@ impl Aio {
         match checked(submitted) {
             Ok(_) => Ok(()),
             Err(error) => {
-                self.judge(error.raw_os_error());
-                Err(calls.running.remove(&block.data).expect("it was put there just now"))
+                self.judge(&error);
+                Err(self.calls().end(block.data))
             }
         }
     }
@@ -185,10 +200,14 @@ impl Aio {
         let count = checked(unsafe {
             let none = std::ptr::null::<libc::timespec>();
             libc::syscall(libc::SYS_io_getevents, self.context, 0_i64, DEPTH as i64, ended.as_mut_ptr(), none)
-        })?;
+        });
+        let count = match count {
+            // A signal, and nothing has ended since the last look.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            count => count?,
+        };
         for ended in &ended[..count as usize] {
-            let call = self.calls().running.remove(&ended.data).expect("the kernel ends what was begun");
-            let Call { data, until_ended, answer } = call;
+            let Call { data, until_ended, answer } = self.calls().end(ended.data);
             drop(until_ended);
             let outcome = self.outcome(ended.result, data.len());
             // Its connection may be gone.
@@ -202,16 +221,18 @@ impl Aio {
             return Some(Ok(()));
         }
         let errno = i32::try_from(-result).ok().filter(|errno| *errno > 0)?;
-        self.judge(Some(errno)).then(|| Err(io::Error::from_raw_os_error(errno)))
+        let error = io::Error::from_raw_os_error(errno);
+        self.judge(&error).then_some(Err(error))
     }
 
-    /// Whether an error is the storage's. What says that there is no such way here is not heard twice.
-    fn judge(&self, errno: Option<i32>) -> bool {
-        if let Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENOSYS) = errno {
+    /// Whether an error is the storage's, and not about this way to it.
+    fn judge(&self, error: &io::Error) -> bool {
+        if let Some(libc::EOPNOTSUPP | libc::ENOSYS) = error.raw_os_error() {
+            info!(%error, "no asynchronous I/O with this file: every request gets a thread");
             self.refused.store(true, Ordering::Relaxed);
             return false;
         }
-        !matches!(errno, None | Some(libc::EAGAIN | libc::EINTR))
+        !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR | libc::EINVAL))
     }
 
     fn calls(&self) -> std::sync::MutexGuard<'_, Calls> {

@@ -26,7 +26,7 @@ use crate::nbd::{Errno, Export, Features, Reply, Request};
 #[cfg(test)]
 mod tests;
 
-/// Calls at the storage at once: as many requests as QEMU has in flight. Storage that hangs holds up so many threads, and nothing else.
+/// Threads at the storage at once: as many as QEMU has requests in flight. Storage that hangs holds up so many, and no thread else.
 const THREADS: usize = 16;
 
 /// What changes about a disk. Whoever watches it is told of outages and what is kept, not of every request.
@@ -53,7 +53,6 @@ impl State {
 #[derive(Debug)]
 pub struct Disk {
     storage: Arc<Storage>,
-    /// Only for direct I/O: what the page cache has or takes is done before a call returns.
     aio: Option<Aio>,
     size: AtomicU64,
     next: AtomicU64,
@@ -62,7 +61,7 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// A disk of that size, the storage's own at this moment.
+    /// A disk of that size, the storage's own at this moment. Needs the runtime around it that is to [`Disk::run`] it.
     pub fn new(storage: Storage, size: u64, policy: Policy) -> Disk {
         let state = State {
             retry: Retry::new(policy),
@@ -70,13 +69,13 @@ impl Disk {
             running: BTreeMap::new(),
             waiting: 0,
         };
-        let aio = storage.is_direct().then(Aio::new);
-        if let Some(Err(error)) = &aio {
+        let aio = Aio::new();
+        if let Err(error) = &aio {
             info!(%error, "no asynchronous I/O here: every request gets a thread");
         }
         Disk {
             storage: Arc::new(storage),
-            aio: aio.and_then(Result::ok),
+            aio: aio.ok(),
             size: AtomicU64::new(size),
             next: AtomicU64::new(0),
             threads: Arc::new(Semaphore::new(THREADS)),
@@ -108,21 +107,19 @@ impl Disk {
         Ok(size)
     }
 
-    /// Answers what the storage has ended, and wakes what is kept when its time has come, for ever.
+    /// Answers what the storage has ended, for ever, or until the kernel no longer tells of it. To run where requests are handled.
     pub async fn run(&self) {
-        let ended = async {
-            match &self.aio {
-                Some(aio) => aio.run().await,
-                None => std::future::pending().await,
+        match &self.aio {
+            Some(aio) => {
+                let outcome = aio.run().await;
+                warn!(?outcome, "asynchronous I/O is broken");
             }
-        };
-        tokio::select! {
-            ended = ended => warn!(outcome = ?ended, "asynchronous I/O is broken: the proxy ends, to be started anew"),
-            () = self.tick() => {}
+            None => std::future::pending().await,
         }
     }
 
-    async fn tick(&self) {
+    /// Wakes what is kept when its time has come, for ever.
+    pub async fn tick(&self) {
         let mut state = self.watch();
         loop {
             let wake_at = state.borrow_and_update().retry.wake_at();
@@ -147,7 +144,7 @@ impl Disk {
         if *self.state.borrow().drill.clone().of(Kind::of(&request)) {
             return (request, Err(io::Error::from_raw_os_error(libc::EIO)));
         }
-        if let Some(aio) = &self.aio {
+        if let Some(aio) = self.aio.as_ref().filter(|_| self.storage.can_submit(&request)) {
             let running = Running::new(self.state.clone(), id);
             if let Some(outcome) = self.storage.submit(aio, &mut request, running).await {
                 return (request, outcome);

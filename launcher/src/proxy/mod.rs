@@ -31,11 +31,13 @@ use serde_json::json;
 use thiserror::Error;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixListener;
+use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 
 use crate::control::{ControlError, bind};
 use crate::nbd::{Server, ServerError};
+use disk::Disk;
 pub use retry::Policy;
 pub use storage::Options;
 use storage::Storage;
@@ -74,6 +76,8 @@ pub enum ProxyError {
     Server(#[from] ServerError),
     #[error("signals cannot be watched")]
     Signals(#[source] io::Error),
+    #[error("there is no thread for its requests")]
+    Thread(#[source] io::Error),
     #[error("image {} cannot be served; see that its storage works, and the rights on it of whoever runs qvirt", path.display())]
     Open { path: PathBuf, source: io::Error },
     #[error(
@@ -95,9 +99,7 @@ pub async fn run(plan: Plan) -> Result<(), ProxyError> {
         _ = terminated.recv() => return Ok(()),
     };
     match opened {
-        Ok((storage, size)) => {
-            serve(&plan, listener, disk::Disk::new(storage, size, plan.policy), terminated).await
-        }
+        Ok(opened) => serve(&plan, listener, opened, terminated).await,
         Err(error) => {
             tell(&listener, &error).await;
             Err(error)
@@ -108,20 +110,37 @@ pub async fn run(plan: Plan) -> Result<(), ProxyError> {
 async fn serve(
     plan: &Plan,
     listener: UnixListener,
-    disk: disk::Disk,
+    (storage, size): (Storage, u64),
     mut terminated: Signal,
 ) -> Result<(), ProxyError> {
-    let disk = Arc::new(disk);
-    let server = Server::bind(&plan.socket)?;
+    let there = beside().map_err(ProxyError::Thread)?;
+    let (disk, server) = {
+        let _there = there.enter();
+        (Arc::new(Disk::new(storage, size, plan.policy)), Server::bind(&plan.socket)?)
+    };
     server.add(&plan.name, disk.clone());
+    let served = disk.clone();
+    let broken = there.spawn(async move { served.run().await });
     let quit = Arc::new(Notify::new());
     tokio::select! {
         () = control::serve(listener, disk.clone(), quit.clone()) => {}
-        () = disk.run() => {}
+        () = disk.tick() => {}
         () = quit.notified() => {}
         _ = terminated.recv() => {}
+        _ = broken => {}
     }
     Ok(())
+}
+
+/// A thread that runs what is spawned there until the process ends. Requests are handled in it, as handing one to the storage may have to wait
+/// for that (see `aio`); the control line and the timers do not wait with them.
+fn beside() -> io::Result<Handle> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let handle = runtime.handle().clone();
+    std::thread::Builder::new()
+        .name("requests".into())
+        .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+    Ok(handle)
 }
 
 /// Opens an image in a thread that nobody waits for longer than [`OPENING`].

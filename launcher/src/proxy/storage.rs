@@ -1,4 +1,4 @@
-//! The file or block device behind the proxy. Every call but [`Storage::submit`] blocks, for as long as the storage likes.
+//! The file or block device behind the proxy. Every call blocks, for as long as the storage likes; [`Storage::submit`] does so seldom.
 //!
 //! A failed write must leave no doubt, or a retry is worth nothing. The page cache leaves one: when the kernel cannot write back what it was
 //! given, it says so to one flush and forgets the data. So cached writes that are to be retried go through to the storage one by one
@@ -87,11 +87,6 @@ impl Storage {
         Ok(storage)
     }
 
-    /// Whether it goes past the page cache.
-    pub fn is_direct(&self) -> bool {
-        self.options.direct
-    }
-
     /// The image's path.
     pub fn path(&self) -> &Path {
         &self.options.path
@@ -148,7 +143,16 @@ impl Storage {
         Ok(Reply::Done)
     }
 
-    /// Carries out a request without a thread if that can be; a thread is to [`Storage::perform`] it if there is no outcome.
+    /// Whether a request can go the way of [`Storage::submit`].
+    pub fn can_submit(&self, request: &Request) -> bool {
+        match request {
+            Request::Read { .. } => self.options.direct,
+            Request::Write { fua: false, .. } => self.options.direct && self.device,
+            _ => false,
+        }
+    }
+
+    /// Carries out a request without a thread; a thread is to [`Storage::perform`] it if there is no outcome.
     pub async fn submit(
         &self,
         aio: &Aio,
@@ -161,7 +165,7 @@ impl Storage {
                 let (data, outcome) = aio.call(&self.file, Direction::Read, *offset, data, until_ended).await;
                 Some(outcome?.map(|()| Reply::Data(data)))
             }
-            Request::Write { offset, data, fua: false } => {
+            Request::Write { offset, data, .. } => {
                 let (back, outcome) =
                     aio.call(&self.file, Direction::Write, *offset, std::mem::take(data), until_ended).await;
                 *data = back;

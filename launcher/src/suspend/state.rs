@@ -171,9 +171,14 @@ impl DiskIo {
     }
 
     /// Retries otherwise from now on. A timeout that was reached is judged anew, at the next failure, if another one or another act is wanted.
-    pub fn set(&mut self, retry: Retry) {
+    /// A shorter interval counts for the next attempt already.
+    pub fn set(&mut self, retry: Retry, now: Uptime) {
         let is_other = (retry.timeout, retry.at_timeout) != (self.retry.timeout, self.retry.at_timeout);
         self.retry = retry;
+        if let Some(attempts) = self.outage.as_ref().map(|outage| outage.attempts) {
+            let soonest = now.after(self.wait(attempts));
+            self.outage.iter_mut().for_each(|outage| outage.next = outage.next.min(soonest));
+        }
         if is_other {
             self.outage.iter_mut().for_each(|outage| outage.timed_out = None);
         }
@@ -318,12 +323,28 @@ mod tests {
         let mut disk = disk(Engine::Hold, Some("3s"), AtTimeout::Report);
         disk.failed(what("EIO"), at(0));
         assert!(matches!(disk.failed(what("EIO"), at(4)), Change::TimedOut(_, AtTimeout::Report)));
-        disk.set(disk.retry.clone());
+        disk.set(disk.retry.clone(), at(5));
         assert!(matches!(disk.failed(what("EIO"), at(6)), Change::Retried(_)), "told already");
-        disk.set(Retry { at_timeout: AtTimeout::Unplug, ..disk.retry.clone() });
+        disk.set(Retry { at_timeout: AtTimeout::Unplug, ..disk.retry.clone() }, at(7));
         assert!(matches!(disk.failed(what("EIO"), at(8)), Change::TimedOut(_, AtTimeout::Unplug)));
-        disk.set(Retry { timeout: None, ..disk.retry.clone() });
+        disk.set(Retry { timeout: None, ..disk.retry.clone() }, at(9));
         assert!(matches!(disk.failed(what("EIO"), at(10)), Change::Retried(o) if o.timed_out.is_none()));
+    }
+
+    #[test]
+    fn a_shorter_interval_counts_at_once_and_a_longer_one_from_the_next_attempt_on() {
+        for engine in [Engine::Hold, Engine::Pause] {
+            let mut disk = disk(engine, None, AtTimeout::Pause);
+            let interval = |time: &str| Retry { interval: time.parse().expect("a time"), ..disk.retry.clone() };
+            let (hour, second) = (interval("1h"), interval("1s"));
+            disk.set(hour.clone(), at(0));
+            disk.failed(what("EIO"), at(0));
+            assert!(!disk.is_due(at(3599)));
+            disk.set(second, at(10));
+            assert!(!disk.is_due(at(10)) && disk.is_due(at(11)), "{engine}");
+            disk.set(hour, at(10));
+            assert!(disk.is_due(at(11)), "what was due stays due");
+        }
     }
 
     #[test]

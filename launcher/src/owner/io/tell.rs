@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use devices::retry::{AtTimeout, Engine};
-use devices::{DeviceId, Placed};
+use devices::{DeviceConfig, DeviceId, Placed};
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
@@ -76,7 +76,9 @@ impl Owner {
     pub(in crate::owner) fn set_io(&mut self, set: &IoSet, reply: Reply) {
         let Some((id, reply)) = self.retrying_disk(&set.id, reply) else { return };
         let vm = self.launch.vm.clone();
-        let is_blk = self.is_blk(&id);
+        let Some(DeviceConfig::Disk(config)) = self.layout.device(id.as_str()).map(|placed| placed.config.clone()) else {
+            return;
+        };
         let Some(disk) = self.io.disks.get_mut(&id) else { return };
         let retry = &disk.io.retry;
         if retry.engine == Engine::Native {
@@ -91,11 +93,11 @@ impl Owner {
         wanted.interval = set.interval.unwrap_or(wanted.interval);
         wanted.timeout = set.timeout.map_or(wanted.timeout, |time| (time.as_millis() > 0).then_some(time));
         wanted.at_timeout = set.at_timeout.unwrap_or(wanted.at_timeout);
-        if let Err(why) = wanted.check_change(is_blk) {
+        if let Err(why) = wanted.check_change(&config, set.at_timeout) {
             let _ = reply.send(Err(Failure::new(Class::Refused, format!("disk {id}: {why}"))));
             return;
         }
-        disk.io.set(wanted);
+        disk.io.set(wanted, Uptime::now());
         if let Some(proxy) = &disk.proxy {
             proxy.line.teller().tell(times(&disk.io.retry));
             // Its clock may say otherwise by now.

@@ -81,17 +81,16 @@ async fn a_request_that_is_kept_goes_with_its_connection() {
 }
 
 #[tokio::test]
-async fn direct_io_to_what_is_allocated_needs_no_thread() {
+async fn a_direct_read_needs_no_thread() {
     let (disk, _file) = disk_with(true);
     let (offset, length) = (4096, 8192);
-    let write = |byte| Request::Write { offset, data: Bytes::from(&vec![byte; 8192][..]), fua: false };
+    let data = Bytes::from(&[1; 8192][..]);
     let work = async {
-        disk.handle(write(1)).await.expect("a thread allocates the blocks");
-        disk.handle(Request::Flush).await.expect("and makes them durable");
+        disk.handle(Request::Write { offset, data: data.clone(), fua: true })
+            .await
+            .expect("written by a thread");
         let _all_threads = disk.threads.acquire_many(THREADS as u32).await.expect("nobody closes it");
-        assert_eq!(disk.handle(write(2)).await, Ok(Reply::Done));
-        let read = disk.handle(Request::Read { offset, length }).await.expect("read");
-        assert_eq!(read, Reply::Data(Bytes::from(&vec![2; 8192][..])));
+        assert_eq!(disk.handle(Request::Read { offset, length }).await, Ok(Reply::Data(data)));
     };
     tokio::select! {
         () = disk.run() => panic!("it runs for ever"),
