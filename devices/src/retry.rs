@@ -194,7 +194,9 @@ impl Retry {
         }
         if self.timeout.is_none() {
             return match act {
-                Some(_) => Err("it retries for ever, so an at_timeout would be without effect: give a timeout too"),
+                Some(_) => {
+                    Err("it retries for ever, so an at_timeout would be without effect: give a timeout too")
+                }
                 None => Ok(()),
             };
         }

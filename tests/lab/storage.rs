@@ -55,10 +55,12 @@ fn a_vm_on_storage_that_hangs_is_killed() {
     inside(|| {
         let storage = FaultyDisk::new("stuck", 16).expect("a disk of this test");
         let path = storage.path().display().to_string();
-        for owned in [true, false] {
+        let proxied = "on_error.read=retry,on_error.write=retry,on_error.engine=proxy";
+        for (owned, more) in [(true, ""), (false, ""), (true, proxied)] {
             let mut scene = step("boot", || Scene::boot(QemuVersion::V10_0, QUIET, AGENT_CHANNEL));
-            let disk = format!("path={path},id=data,serial=stuck,cache=none");
-            step("attach", || scene.attach(["--disk", &disk], "disk", "serial=stuck"));
+            let disk = format!("path={path},id=data,serial=stuck,cache=none,{more}");
+            let disk = disk.trim_end_matches(',');
+            step("attach", || scene.attach(["--disk", disk], "disk", "serial=stuck"));
             let name = format!("/dev/{}", scene.disk("stuck"));
             scene.guest.pattern_start(&name, PatternWish::default()).expect("the pattern starts");
             scene.guest.wait_pattern(&name, "a block", |report| report.verified > 0).expect("it goes on");
@@ -77,12 +79,14 @@ fn a_vm_on_storage_that_hangs_is_killed() {
             let held = format!("killed, still held by the kernel in I/O on {path}");
             assert!(output.code == 4 && output.stderr.contains(&held), "{output}");
             assert_eq!(scene.vm.leases().len(), 1, "the disk is still in use");
-            if owned {
+            if owned && more.is_empty() {
                 let status = scene.vm.ok(&["status", "guest"]);
                 assert!(status.contains(&held), "{status}");
             }
             storage.behave(Behaviour::Works).expect("device-mapper obeys");
-            if !owned {
+            if owned {
+                scene.vm.wait_for("the end of its owner", || scene.vm.leases().is_empty());
+            } else {
                 let dead = || scene.vm.ok(&["list"]).contains("dead, to be recovered");
                 scene.vm.wait_for("the end of QEMU", dead);
                 scene.vm.ok(&["recover", "guest"]);

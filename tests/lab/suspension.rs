@@ -38,8 +38,7 @@ impl Hanging {
         let mut scene = step("boot", || Scene::boot(version, QUIET, AGENT_CHANNEL));
         let events = Events::follow(&scene.vm, &["--json"]);
         let disk = format!(
-            "path={},id=data,serial={name},cache=none,on_error.read=retry,on_error.write=retry,on_error.interval=500ms,\
-             on_error.engine=hold,{more}",
+            "path={},id=data,serial={name},cache=none,on_error.read=retry,on_error.write=retry,on_error.interval=500ms,{more}",
             path.display()
         );
         step("attach", || scene.attach(["--disk", &disk], "disk", &format!("serial={name}")));
@@ -180,7 +179,12 @@ fn hangs_thrice(mut disk: Hanging) {
 fn a_virtio_blk_disk_hangs_and_the_guest_never_knows() {
     inside(|| {
         let storage = Storage::Near(FaultyDisk::new("stuckblk", 16).expect("a disk of this test"));
-        hangs_thrice(Hanging::begin(QemuVersion::V10_0, "stuckblk", storage, "bus=virtio-blk"));
+        hangs_thrice(Hanging::begin(
+            QemuVersion::V10_0,
+            "stuckblk",
+            storage,
+            "bus=virtio-blk,on_error.engine=hold",
+        ));
     });
 }
 
@@ -189,7 +193,20 @@ fn a_virtio_blk_disk_hangs_and_the_guest_never_knows() {
 fn a_server_stops_answering_and_the_guest_never_knows() {
     inside(|| {
         let storage = Storage::Far(FarFile::new("far", 16).expect("a file of this test"));
-        let mut disk = Hanging::begin(QemuVersion::V10_0, "farfile", storage, "bus=virtio-blk");
+        let mut disk =
+            Hanging::begin(QemuVersion::V10_0, "farfile", storage, "bus=virtio-blk,on_error.engine=hold");
+        hangs_in_use(&mut disk);
+        assert_eq!((disk.events("QVIRT_IO_HUNG"), disk.events("QVIRT_IO_ANSWERS")), (1, 1));
+        disk.end();
+    });
+}
+
+#[test]
+fn a_disk_behind_a_proxy_hangs_and_the_guest_never_knows() {
+    inside(|| {
+        let storage = Storage::Near(FaultyDisk::new("stuckfar", 4).expect("a disk of this test"));
+        let more = "bus=virtio-blk,on_error.engine=proxy";
+        let mut disk = Hanging::begin(QemuVersion::V10_0, "stuckfar", storage, more);
         hangs_in_use(&mut disk);
         assert_eq!((disk.events("QVIRT_IO_HUNG"), disk.events("QVIRT_IO_ANSWERS")), (1, 1));
         disk.end();
@@ -203,7 +220,12 @@ mod soak {
     fn a_scsi_disk_hangs_and_the_guest_never_knows() {
         inside(|| {
             let storage = Storage::Near(FaultyDisk::new("stuckscsi", 16).expect("a disk of this test"));
-            hangs_thrice(Hanging::begin(QemuVersion::V7_2, "stuckscsi", storage, "bus=scsi"));
+            hangs_thrice(Hanging::begin(
+                QemuVersion::V7_2,
+                "stuckscsi",
+                storage,
+                "bus=scsi,on_error.engine=hold",
+            ));
         });
     }
 }

@@ -13,6 +13,7 @@ mod crash;
 mod ending;
 mod faults;
 mod flapping;
+mod flushes;
 mod kinds;
 mod matrix;
 mod media;

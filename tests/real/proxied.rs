@@ -71,6 +71,9 @@ fn owners_and_proxies_that_die(version: QemuVersion) {
     assert_eq!((storm.io(&scene)["outage"]["since_unix_ms"].clone(), storm.proxy(&scene)), (since, proxy));
     storm.waits_for(&scene, "ok");
     storm.is_unharmed(&mut scene, "after the owner died");
+    scene.vm.kill_owner();
+    storm.is_unharmed(&mut scene, "while there is no owner");
+    scene.vm.start();
     // The proxy, with requests in flight.
     for round in 0..3 {
         let proxy = storm.proxy(&scene).expect("a proxy");

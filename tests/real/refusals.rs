@@ -40,9 +40,14 @@ fn while_a_disk_is_suspended(version: QemuVersion) {
     let wish = "on_error.read=retry,on_error.write=retry,on_error.interval=300ms,on_error.engine=hold";
     scene.attach(["--disk", &format!("path={image},id=data,serial=data,{wish}")], "disk", "serial=data");
     scene.vm.wait_for("the capacity", || scene.vm.device("data")["size_bytes"] == json!(16 << 20));
+    let medium = scene.vm.raw("medium.img", 1, "x");
+    scene.vm.ok(&["media", "guest", "cd0", "insert", &medium]);
     let drill = suspend(&mut scene);
     let near = scene.vm.raw("near.img", 1, "x");
     each_is_refused(&scene.vm, &near, AT_ONCE, &["is refused: I/O of disk data (vda) is suspended since "]);
+    for eject in [&["media", "guest", "cd0", "eject"][..], &["qmp", "guest", "eject", r#"{"id":"cd0"}"#]] {
+        is_refused(&scene.vm, eject, AT_ONCE, &["is refused: I/O of disk data (vda) is suspended since "]);
+    }
     let devices = scene.vm.ok(&["devices", "guest"]);
     assert!(devices.contains(" 16MiB? "), "the last known capacity: {devices}");
     // What others have is not refused.

@@ -22,6 +22,8 @@ on_one! { 10.0:
     together => two_disks,
     overlay => a_new_top,
     many => twenty_outages,
+    by_hand => what_people_say,
+    watched => a_drain_that_is_not_ours,
     taken => a_node_that_cannot_be_made,
 }
 
@@ -62,12 +64,27 @@ pub fn in_time(version: QemuVersion, engine: &str) -> (Scene, Storm) {
     assert!(report.longest_pause_us > 1_000_000, "the outage was felt: {report:#?}");
     assert_eq!(storm.io(&scene)["state"], "ok");
     assert!(storm.count(&scene, "retries") > 0, "{}", storm.io(&scene));
-    for event in ["QVIRT_IO_SUSPENDED", "QVIRT_IO_RETRY", "QVIRT_IO_RECOVERED"] {
-        assert!(!people.lines(&[event, "device=blk"]).is_empty(), "{event} is missing in\n{}", people.text());
+    let all = [
+        "device=blk",
+        "path=/",
+        "/blk.img",
+        "operation=",
+        "cause=Input/output error",
+        "since-unix-ms=",
+        "for-ms=",
+        "attempts=",
+    ];
+    for (event, more) in
+        [("QVIRT_IO_SUSPENDED", None), ("QVIRT_IO_RETRY", None), ("QVIRT_IO_RECOVERED", Some("lasted-ms="))]
+    {
+        let parts: Vec<&str> = [event].into_iter().chain(all).chain(more).collect();
+        assert!(!people.lines(&parts).is_empty(), "{parts:?} are missing in\n{}", people.text());
     }
-    for kind in ["--reads", "--writes", "--flushes"] {
+    for kind in ["--reads", "--writes"] {
+        let before = storm.count(&scene, "suspensions");
         storm.drill(&scene, "1s", &[kind]);
         storm.is_unharmed(&mut scene, kind);
+        assert!(storm.count(&scene, "suspensions") > before, "{kind}: nothing failed: {}", storm.io(&scene));
     }
     (scene, storm)
 }
@@ -75,10 +92,16 @@ pub fn in_time(version: QemuVersion, engine: &str) -> (Scene, Storm) {
 fn twenty_outages(version: QemuVersion) {
     let mut scene = boot(version);
     let storm = Storm::begin(&mut scene, "blk", "on_error.engine=hold");
-    for round in 0..20 {
+    // A guest that is slow may not use its disk in so short a time.
+    for round in 0..60 {
+        if storm.count(&scene, "suspensions") >= 20 {
+            break;
+        }
         storm.drill(&scene, "300ms", &[]);
-        storm.is_unharmed(&mut scene, &format!("after outage {round}"));
+        storm.is_unharmed(&mut scene, &format!("after drill {round}"));
     }
+    let felt = storm.count(&scene, "suspensions");
+    assert!(felt >= 20 && felt == storm.count(&scene, "recoveries"), "{}", storm.io(&scene));
     scene.end();
 }
 
@@ -114,8 +137,9 @@ fn a_timeout_on_scsi(version: QemuVersion) {
     storm.is_unharmed(&mut scene, "after a timeout that holds");
     storm.detach(&mut scene);
     let storm = Storm::begin(&mut scene, "leaver", "bus=scsi,on_error.timeout=1s,on_error.at_timeout=unplug");
-    storm.fail_for(&scene, 60_000);
-    scene.vm.wait_for("the disk to be unplugged", || scene.vm.device("leaver").is_null());
+    let told = storm.drill(&scene, "60s", &[]);
+    assert!(told.contains("the disk was unplugged, as its at_timeout says"), "{told}");
+    assert!(scene.vm.device("leaver").is_null());
     assert_eq!(scene.guest.check("echo alive").expect("the guest lives").trim(), "alive");
     scene.end();
 }
@@ -143,6 +167,11 @@ fn a_timeout_that_pauses(version: QemuVersion) {
     let mut scene = boot(version);
     let wish = "on_error.engine=hold,on_error.timeout=600ms,on_error.at_timeout=pause";
     let storm = Storm::begin(&mut scene, "blk", wish);
+    let told = storm.drill(&scene, "1200ms", &[]);
+    assert!(told.contains("the VM is paused, as its at_timeout says"), "{told}");
+    scene.vm.ok(&["resume", "guest"]);
+    storm.waits_for(&scene, "ok");
+    storm.is_unharmed(&mut scene, "after the drill that paused");
     storm.fail_for(&scene, 2500);
     storm.waits_for(&scene, "timed-out");
     let paused = || scene.vm.status()["reason"] == "io-error";
@@ -176,6 +205,63 @@ fn two_disks(version: QemuVersion) {
     other.is_unharmed(&mut scene, "after both failed");
     one.waits_for(&scene, "ok");
     one.is_unharmed(&mut scene, "after both failed");
+    scene.end();
+}
+
+/// What is said by hand in an outage, and what cannot be said.
+fn what_people_say(version: QemuVersion) {
+    let mut scene = boot(version);
+    let storm = Storm::begin(&mut scene, "blk", "on_error.engine=hold");
+    for (words, why) in [
+        (
+            &["set", "guest", "blk", "--at-timeout", "hold"][..],
+            "it retries for ever, so an at_timeout would be without effect",
+        ),
+        (&["set", "guest", "blk", "--interval", "10ms"], "the interval is 100ms at least"),
+        (&["retry", "guest", "blk"], "is not suspended"),
+        (&["fail", "guest", "blk"], "is not suspended"),
+    ] {
+        let output = scene.vm.expect(3, &[&["io"], words].concat());
+        assert!(output.stderr.contains(why), "{words:?}: {output}");
+    }
+    for remedy in [&["retry", "guest", "blk"][..], &["set", "guest", "blk", "--interval", "200ms"]] {
+        scene.vm.ok(&["io", "set", "guest", "blk", "--interval", "1h"]);
+        storm.fail_for(&scene, 1000);
+        storm.waits_for(&scene, "suspended");
+        assert!(scene.vm.ok(&["list"]).contains("suspended"));
+        std::thread::sleep(Duration::from_millis(1500));
+        assert_eq!(storm.io(&scene)["state"], "suspended", "an hour is not over");
+        scene.vm.ok(&[&["io"], remedy].concat());
+        storm.waits_for(&scene, "ok");
+        storm.is_unharmed(&mut scene, &remedy.join(" "));
+    }
+    storm.fail_for(&scene, 4000);
+    storm.waits_for(&scene, "suspended");
+    scene.vm.ok(&["io", "fail", "guest", "blk"]);
+    let told = |report: &PatternReport| report.error_count > 0;
+    scene.guest.wait_pattern(&storm.name, "the error", told).expect("the guest is told");
+    let again = scene.vm.expect(3, &["io", "fail", "guest", "blk"]);
+    assert!(again.stderr.contains("the guest was told already"), "{again}");
+    storm.waits_for(&scene, "ok");
+    storm.goes_on(&mut scene, "after it was told by hand");
+    scene.end();
+}
+
+/// Somebody stops the VM past the owner while requests are held: QEMU waits for them until they are given back, and answers.
+fn a_drain_that_is_not_ours(version: QemuVersion) {
+    let mut scene = boot(version);
+    for engine in ["hold", "proxy"] {
+        let storm = Storm::begin(&mut scene, engine, &format!("on_error.engine={engine}"));
+        storm.fail_for(&scene, 6000);
+        storm.waits_for(&scene, "suspended");
+        scene.vm.wait_for("held requests", || storm.io(&scene)["held"].as_u64() >= Some(1));
+        scene.vm.rescue("stop", json!({}));
+        assert_eq!(storm.io(&scene)["state"], "suspended", "given back, and not lost");
+        scene.vm.ok(&["resume", "guest"]);
+        storm.waits_for(&scene, "ok");
+        storm.is_unharmed(&mut scene, "after a stop by another monitor");
+        storm.detach(&mut scene);
+    }
     scene.end();
 }
 
@@ -239,5 +325,19 @@ fn owners_that_die(version: QemuVersion) {
         storm.waits_for(&scene, "ok");
         storm.is_unharmed(&mut scene, &format!("after owner {round} died"));
     }
+    // A timeout whose clock began before the owner did.
+    scene.vm.ok(&["io", "set", "guest", "blk", "--timeout", "3s"]);
+    let before = storm.count(&scene, "timeouts");
+    storm.fail_for(&scene, 8000);
+    storm.waits_for(&scene, "suspended");
+    let since = storm.io(&scene)["outage"]["since_unix_ms"].clone();
+    scene.vm.kill_owner();
+    scene.vm.start();
+    storm.waits_for(&scene, "timed-out");
+    assert_eq!(storm.io(&scene)["outage"]["since_unix_ms"], since);
+    assert_eq!(storm.count(&scene, "timeouts"), before + 1);
+    let told = |report: &PatternReport| report.error_count > 0;
+    scene.guest.wait_pattern(&storm.name, "the error", told).expect("the guest is told");
+    storm.waits_for(&scene, "ok");
     scene.end();
 }

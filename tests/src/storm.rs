@@ -22,13 +22,24 @@ impl Storm {
 
     /// The same on an image that `more` names by `path=`.
     pub fn on(scene: &mut Scene, id: &str, more: &str) -> Storm {
+        Storm::attach(scene, id, more);
+        Storm::of_disk(scene, id)
+    }
+
+    /// Attaches it and leaves it alone: whatever uses the disk is up to the test.
+    pub fn calm(scene: &mut Scene, id: &str, more: &str) -> Storm {
+        let image = scene.vm.raw(&format!("{id}.img"), 4, "x");
+        Storm::attach(scene, id, &format!("path={image},{more}"));
+        Storm { id: id.to_owned(), name: format!("/dev/{}", scene.disk(id)) }
+    }
+
+    fn attach(scene: &mut Scene, id: &str, more: &str) {
         let retry = "on_error.read=retry,on_error.write=retry,on_error.interval=200ms";
         scene.attach(
             ["--disk", &format!("id={id},serial={id},{retry},{more}")],
             "disk",
             &format!("serial={id}"),
         );
-        Storm::of_disk(scene, id)
     }
 
     /// Begins on a disk that the guest has, by its serial number, which is its id.

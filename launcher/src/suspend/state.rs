@@ -335,7 +335,8 @@ mod tests {
     fn a_shorter_interval_counts_at_once_and_a_longer_one_from_the_next_attempt_on() {
         for engine in [Engine::Hold, Engine::Pause] {
             let mut disk = disk(engine, None, AtTimeout::Pause);
-            let interval = |time: &str| Retry { interval: time.parse().expect("a time"), ..disk.retry.clone() };
+            let interval =
+                |time: &str| Retry { interval: time.parse().expect("a time"), ..disk.retry.clone() };
             let (hour, second) = (interval("1h"), interval("1s"));
             disk.set(hour.clone(), at(0));
             disk.failed(what("EIO"), at(0));

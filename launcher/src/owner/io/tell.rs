@@ -76,7 +76,9 @@ impl Owner {
     pub(in crate::owner) fn set_io(&mut self, set: &IoSet, reply: Reply) {
         let Some((id, reply)) = self.retrying_disk(&set.id, reply) else { return };
         let vm = self.launch.vm.clone();
-        let Some(DeviceConfig::Disk(config)) = self.layout.device(id.as_str()).map(|placed| placed.config.clone()) else {
+        let Some(DeviceConfig::Disk(config)) =
+            self.layout.device(id.as_str()).map(|placed| placed.config.clone())
+        else {
             return;
         };
         let Some(disk) = self.io.disks.get_mut(&id) else { return };
