@@ -185,3 +185,23 @@ fn unknown_words_pass_through() {
     drop(events);
     stage.end();
 }
+
+/// The VM stands still for a disk that retries, and no event of it arrives: it is seen all the same, and goes on.
+#[test]
+fn a_stop_that_nobody_tells_of() {
+    let stage = Stage::running("");
+    let image = stage.vm.raw("d.img", 1, "x");
+    let retry = "on_error.read=retry,on_error.write=retry,on_error.interval=200ms,on_error.engine=pause";
+    let output = stage.attach(["--disk", &format!("path={image},id=d,{retry}")]);
+    assert_eq!(output.code, 0, "{output}");
+    let mut control = stage.control();
+    control.behave("event STOP: lose\nevent BLOCK_IO_ERROR: lose");
+    control.io_error("d", "write", "stop");
+    let counter = |name: &str| stage.vm.device("d")["io"]["counters"][name].as_u64();
+    stage.vm.wait_for("the outage", || counter("suspensions") == Some(1));
+    stage.vm.wait_for("the VM to run", || stage.state() == "running");
+    control.io_done("d", 1);
+    stage.vm.wait_for("its end", || counter("recoveries") == Some(1));
+    assert_eq!(counter("suspensions"), Some(1));
+    stage.end();
+}

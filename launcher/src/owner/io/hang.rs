@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tracing::{debug, info, warn};
 
 use super::disk::Disk;
-use super::{Finished, Io, IoNews, Owner};
+use super::{Finished, Io, IoNews, Owner, Phase};
 use crate::owner::not_now;
 use crate::request::Failure;
 use crate::status::VmState;
@@ -30,8 +30,14 @@ pub(super) enum Probe {
     Passed,
 }
 
-/// What a look at all disks tells: of each, requests done, the node, and whether any are outstanding, if QEMU knows.
-type Seen = BTreeMap<DeviceId, (u64, String, Option<bool>)>;
+/// What a look at all disks tells.
+#[derive(Debug, Default)]
+pub(in crate::owner) struct Seen {
+    /// Of each, requests done, the node, and whether any are outstanding, if QEMU knows.
+    disks: BTreeMap<DeviceId, (u64, String, Option<bool>)>,
+    /// Whether the VM stands still for an error.
+    is_stopped: bool,
+}
 
 /// What a job brings home.
 #[derive(Debug)]
@@ -107,7 +113,12 @@ impl Owner {
         match news {
             HangNews::Seen(Ok(seen)) => {
                 self.io.watching = false;
-                seen.into_iter().for_each(|(id, seen)| self.saw(&id, seen));
+                if seen.is_stopped && self.run == VmState::Running && self.io.phase == Phase::Idle {
+                    // The event was lost.
+                    self.io_stopped();
+                    self.look();
+                }
+                seen.disks.into_iter().for_each(|(id, seen)| self.saw(&id, seen));
             }
             HangNews::Seen(Err(error)) => {
                 self.io.watching = false;
@@ -218,7 +229,8 @@ impl Owner {
 
 /// Asks QEMU: statistics of all disks, and the queues of those that have done nothing since. Drains nothing.
 async fn see(qmp: &Qmp, asked: BTreeMap<DeviceId, (u64, Option<String>)>) -> Result<Seen, QmpError> {
-    let mut seen = Seen::new();
+    let run = qmp.call("query-status", Value::Null).await?;
+    let mut seen = Seen { is_stopped: run["status"] == "io-error", ..Seen::default() };
     for device in qmp.call("query-blockstats", Value::Null).await?.as_array().into_iter().flatten() {
         let Some(id) = device["qdev"].as_str().and_then(id_in) else { continue };
         let Some((before, queues)) = asked.get(&id) else { continue };
@@ -229,7 +241,7 @@ async fn see(qmp: &Qmp, asked: BTreeMap<DeviceId, (u64, Option<String>)>) -> Res
             None => None,
         };
         let node = device["node-name"].as_str().unwrap_or_default().to_owned();
-        seen.insert(id, (done, node, has_requests));
+        seen.disks.insert(id, (done, node, has_requests));
     }
     Ok(seen)
 }
