@@ -224,6 +224,9 @@ fn disks_that_can_have_none() {
     vm.end();
     // A VM that does not run has no proxy; then its proxy serves the overlay.
     vm.ok(&["snapshot", "create", &file(&vm), "one"]);
+    let warned = "warning: sys: engine proxy holds the errors of its top image only, those of the images below reach the guest: ";
+    let checked = vm.expect(0, &["check", &file(&vm)]);
+    assert!(checked.stderr.contains(warned), "{checked}");
     start_paused(&vm);
     assert!(vm.proxies()[0].1.contains("sys.one.qcow2"), "{:?}", vm.proxies());
     vm.end();

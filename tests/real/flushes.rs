@@ -3,14 +3,17 @@
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tests::on_both;
+use tests::on_one;
 use tests::qemu::QemuVersion;
 use tests::storm::Storm;
 
 use crate::suspension::boot;
 
-on_both! {
+on_one! { 10.0:
     in_time => flushes_that_fail_and_nothing_else,
+}
+
+on_one! { 7.2:
     too_late => flushes_at_the_timeout,
 }
 
