@@ -365,13 +365,6 @@ pub struct Unfinished {
     source: NeedError,
 }
 
-impl Unfinished {
-    /// Whether an io-proxy is in the way, which the kernel lets go when its storage answers.
-    pub fn ends_with_storage(&self) -> bool {
-        matches!(self.source, NeedError::ProxyStays { .. })
-    }
-}
-
 /// Gives back all that a VM had of the host, and removes its runtime folder. The caller holds the owner lock, and QEMU is dead.
 pub fn clear_up(
     host: &Host,

@@ -69,7 +69,8 @@ pub async fn drill(drill: Drill) -> Result<Exit, Problem> {
     say(&format!("{}: its storage fails for {:?}", drill.disk, drill.fail_for));
     let mut last = IoState::Ok;
     // After the outage a disk is tried at its interval; whatever takes longer than twice that is worth an error.
-    let act = before.on_error.as_ref().filter(|retry| retry.timeout.is_some()).map(|retry| retry.at_timeout);
+    // What was done at the timeout.
+    let mut act = None;
     let interval = before.on_error.as_ref().map_or(Duration::ZERO, |retry| retry.interval.duration());
     let deadline = drill.fail_for + interval * 2 + PATIENCE;
     loop {
@@ -85,11 +86,12 @@ pub async fn drill(drill: Drill) -> Result<Exit, Problem> {
             say(&print::io_words(io));
             last = io.state;
         }
+        act = act.or_else(|| io.outage.as_ref()?.at_timeout);
         if !io.drilled && io.state == IoState::TimedOut && act == Some(AtTimeout::Pause) {
             say("the VM is paused, as its at_timeout says: `qvirt resume` tries the disk again");
             return Ok(Exit::Done);
         }
-        if !io.drilled && io.state == IoState::Ok {
+        if !io.drilled && io.state == IoState::Ok && act != Some(AtTimeout::Unplug) {
             let counted = |f: fn(&crate::suspend::Counters) -> u64| {
                 f(&io.counters) - before.io.as_ref().map_or(0, |io| f(&io.counters))
             };

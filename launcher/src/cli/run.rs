@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use devices::DeviceConfig;
+use devices::{DeviceConfig, Placed};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -17,8 +17,9 @@ use crate::adopt::{Life, adopt, life, recover};
 use crate::blueprint::Blueprint;
 use crate::console::{Console, Until, User};
 use crate::control::{self, Shared};
-use crate::folders::{Folders, VmName};
-use crate::launch::{Unfinished, clear_up, launch};
+use crate::folders::{Folders, VmFiles, VmName};
+use crate::host::io_proxy;
+use crate::launch::{clear_up, held_words, launch};
 use crate::owner::{Born, Ending, Handle, Owner, Signal};
 
 /// What a detached owner writes when the guest runs.
@@ -58,6 +59,9 @@ pub async fn run(args: Run) -> Result<Exit, Problem> {
     if let Some((leave, thread)) = console {
         drop(leave);
         let _ = thread.join();
+    }
+    if matches!(ending, Ending::Stopped { .. }) {
+        proxies_end(&vm, &devices_of(&folders.vm(&vm)?)).await?;
     }
     end(&folders, &vm, ending).await
 }
@@ -200,6 +204,35 @@ fn detach_from_starter() -> Result<(), Problem> {
     Ok(())
 }
 
+/// The devices that a VM has of the host, by its journal.
+fn devices_of(files: &VmFiles) -> Vec<Placed> {
+    let entries = crate::journal::read_only::<crate::record::Entry>(&files.journal()).ok().flatten();
+    let devices = entries.map(|(_, entries)| crate::record::Memory::of(entries).devices).unwrap_or_default();
+    devices.into_iter().map(|(device, _)| device).collect()
+}
+
+/// Waits for the io-proxies of a VM that is dead: the kernel may still have I/O of theirs, and their images stay leased until then. A signal ends
+/// the wait; then they stay so until `qvirt recover`.
+async fn proxies_end(vm: &VmName, devices: &[Placed]) -> Result<(), Problem> {
+    let mut signals = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut is_told = false;
+    loop {
+        let proxies = devices.iter().filter_map(Placed::io_proxy).cloned().collect();
+        let held = tokio::task::spawn_blocking(|| io_proxy::kill(proxies)).await.unwrap_or_default();
+        if held.is_empty() {
+            return Ok(());
+        }
+        if !std::mem::replace(&mut is_told, true) {
+            warn!("{}", held_words(vm, held.iter().map(|proxy| proxy.image.as_str())));
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            _ = signals.0.recv() => return Ok(()),
+            _ = signals.1.recv() => return Ok(()),
+        }
+    }
+}
+
 async fn end(folders: &Folders, vm: &VmName, ending: Ending) -> Result<Exit, Problem> {
     let files = folders.vm(vm)?;
     let (reason, in_order, last_words, shop, launch, _locks) = match ending {
@@ -216,20 +249,12 @@ async fn end(folders: &Folders, vm: &VmName, ending: Ending) -> Result<Exit, Pro
         }
     };
     info!(%vm, reason, uuid = launch.machine.uuid, "stopped");
-    let entries = crate::journal::read_only::<crate::record::Entry>(&files.journal()).ok().flatten();
-    let devices = entries.map(|(_, entries)| crate::record::Memory::of(entries).devices).unwrap_or_default();
+    let devices = devices_of(&files);
     match shop {
         Some(shop) => {
             let workshop = *shop;
             drop(workshop.journal);
-            let devices = devices.into_iter().map(|(device, _)| device);
-            let clear_up = || clear_up(&workshop.host, devices.clone(), files.dir());
-            let mut cleared = clear_up();
-            while cleared.as_ref().is_err_and(Unfinished::ends_with_storage) {
-                // Whoever looks for the VM finds an owner, and the leases are held.
-                tokio::time::sleep(Duration::from_secs(1)).await;
-                cleared = clear_up();
-            }
+            let cleared = clear_up(&workshop.host, devices.into_iter(), files.dir());
             cleared.map_err(|error| Problem::of(Exit::Failed, &error))?;
         }
         None => warn!(%vm, "a job did not end with QEMU: `qvirt recover {vm}` clears up"),

@@ -70,7 +70,7 @@ fn warnings(blueprint: &Blueprint) -> Vec<String> {
     let below = below.map(|device| {
         format!(
             "{}: engine proxy holds the errors of its top image only, those of the images below reach the guest: `qvirt block pull` \
-             while the VM is stopped makes it one image; or write on_error.engine = \"hold\"",
+             while the VM is stopped makes it one image",
             device.id
         )
     });

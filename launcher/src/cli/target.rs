@@ -80,7 +80,7 @@ pub fn not_running(folders: &Folders, vm: &VmName) -> Problem {
             Exit::Unknown,
             format!("VM {vm} is dead and left something: `qvirt recover {vm}` clears up"),
         ),
-        Ok(Life::Between) => {
+        Ok(Life::Between | Life::Owned) => {
             Problem::new(Exit::Pending, format!("VM {vm} is just starting or ending: try again"))
         }
         _ if folders.config_file(vm).exists() => {

@@ -327,13 +327,11 @@ impl Owner {
         self.run = VmState::Stopped(reason.clone());
         self.publish();
         self.announce("QVIRT_STOPPED", json!({"reason": reason, "in-order": in_order}));
-        let reboot = self.farewell.reboot.take();
-        let waiting = self.farewell.waiting.drain(..).chain(reboot).map(|(_, reply)| reply);
-        for reply in waiting {
-            let _ = reply.send(Ok(json!({"outcome": "stopped", "reason": reason})));
+        let lines = self.hang_up();
+        self.tell_stopped(&reason).await;
+        for line in lines {
+            let _ = line.await;
         }
-        self.answer_killers(&reason).await;
-        self.hang_up().await;
         // A job at work learns from the closed connection, and brings the workshop home.
         let shop = self.shop_when_home().await;
         let last_words = if in_order { String::new() } else { last_lines(&self.log, 10) };
@@ -347,16 +345,17 @@ impl Owner {
         }
     }
 
-    /// QEMU was killed, but what it had given to the io-proxies may still be on its way to their storage.
-    async fn answer_killers(&mut self, reason: &str) {
-        if self.farewell.killed.is_empty() {
-            return;
-        }
+    /// Tells everyone who waits for the end. What a QEMU that was killed had given to io-proxies may still be on its way to their storage.
+    async fn tell_stopped(&mut self, reason: &str) {
         let proxies = self.layout.devices().iter().filter_map(Placed::io_proxy).cloned().collect();
-        let held = tokio::task::spawn_blocking(|| io_proxy::kill(proxies)).await.unwrap_or_default();
-        let images = held.iter().map(|proxy| proxy.image.as_str());
-        let words = held_words(&self.launch.vm, images);
-        for reply in self.farewell.killed.drain(..) {
+        let held = match self.farewell.is_killing() {
+            true => tokio::task::spawn_blocking(|| io_proxy::kill(proxies)).await.unwrap_or_default(),
+            false => Vec::new(),
+        };
+        let words = held_words(&self.launch.vm, held.iter().map(|proxy| proxy.image.as_str()));
+        let reboot = self.farewell.reboot.take();
+        let waiting = self.farewell.waiting.drain(..).chain(reboot).map(|(_, reply)| reply);
+        for reply in waiting.chain(self.farewell.killed.drain(..)) {
             let _ = reply.send(match held.as_slice() {
                 [] => Ok(json!({"outcome": "stopped", "reason": reason})),
                 _ => Err(Failure::new(Class::Pending, &words)),

@@ -137,8 +137,13 @@ impl Line {
 
     /// Ends the line, when a proxy that is just being started is ready or has failed.
     pub async fn end(self) {
+        let _ = self.hang_up().await;
+    }
+
+    /// The same, to be awaited later. No other proxy is started from now on.
+    pub fn hang_up(self) -> JoinHandle<()> {
         drop(self.teller);
-        let _ = self.task.await;
+        self.task
     }
 }
 
@@ -157,7 +162,7 @@ impl Keeper {
             if let Ok(stream) = UnixStream::connect(&self.control).await {
                 // What was meant for a former proxy.
                 while self.commands.try_recv().is_ok() {}
-                if self.talk(&stream).await.is_some() {
+                if self.talk(&stream).await.is_some() || self.commands.is_closed() {
                     return;
                 }
                 warn!(device = %self.id, "its io-proxy has died: starting another one");

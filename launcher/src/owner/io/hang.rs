@@ -229,8 +229,7 @@ impl Owner {
 
 /// Asks QEMU: statistics of all disks, and the queues of those that have done nothing since. Drains nothing.
 async fn see(qmp: &Qmp, asked: BTreeMap<DeviceId, (u64, Option<String>)>) -> Result<Seen, QmpError> {
-    let run = qmp.call("query-status", Value::Null).await?;
-    let mut seen = Seen { is_stopped: run["status"] == "io-error", ..Seen::default() };
+    let mut seen = Seen::default();
     for device in qmp.call("query-blockstats", Value::Null).await?.as_array().into_iter().flatten() {
         let Some(id) = device["qdev"].as_str().and_then(id_in) else { continue };
         let Some((before, queues)) = asked.get(&id) else { continue };
@@ -243,6 +242,8 @@ async fn see(qmp: &Qmp, asked: BTreeMap<DeviceId, (u64, Option<String>)>) -> Res
         let node = device["node-name"].as_str().unwrap_or_default().to_owned();
         seen.disks.insert(id, (done, node, has_requests));
     }
+    // Last: what it says is to be news.
+    seen.is_stopped = qmp.call("query-status", Value::Null).await?["status"] == "io-error";
     Ok(seen)
 }
 

@@ -12,6 +12,7 @@ use devices::retry::{AtTimeout, Engine, Retry};
 use devices::{DeviceId, Placed};
 use qmp_client::{BlockIoError, IoAction};
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::info;
 
@@ -189,12 +190,9 @@ impl Owner {
         error.action == IoAction::Stop && if is_read { retry.read } else { retry.write }
     }
 
-    /// Hangs up on all proxies, whose VM is dead.
-    pub(in crate::owner) async fn hang_up(&mut self) {
-        for disk in std::mem::take(&mut self.io.disks).into_values() {
-            if let Some(proxy) = disk.proxy {
-                proxy.line.end().await;
-            }
-        }
+    /// Hangs up on all proxies, whose VM is dead; what has to end before the host is cleared up.
+    pub(in crate::owner) fn hang_up(&mut self) -> Vec<JoinHandle<()>> {
+        let disks = std::mem::take(&mut self.io.disks).into_values();
+        disks.filter_map(|disk| Some(disk.proxy?.line.hang_up())).collect()
     }
 }
