@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use devices::host::HostNeed;
 use devices::{DeviceId, Layout, Placed};
@@ -317,7 +318,8 @@ pub async fn end_qemu(folders: &Folders, vm: &VmName) -> Result<(), AdoptError> 
     if !has_ended {
         return Err(AdoptError::Held { words: held_words(vm, images(&devices)) });
     }
-    let held = io_proxy::kill(devices.iter().filter_map(Placed::io_proxy).cloned().collect());
+    let proxies = devices.iter().filter_map(Placed::io_proxy).cloned().collect();
+    let held = io_proxy::kill(proxies, Instant::now() + io_proxy::KILLED);
     match held.as_slice() {
         [] => Ok(()),
         held => {

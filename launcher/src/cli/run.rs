@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use devices::{DeviceConfig, Placed};
 use tokio::signal::unix::{SignalKind, signal};
@@ -218,7 +218,9 @@ async fn proxies_end(vm: &VmName, devices: &[Placed]) -> Result<(), Problem> {
     let mut is_told = false;
     loop {
         let proxies = devices.iter().filter_map(Placed::io_proxy).cloned().collect();
-        let held = tokio::task::spawn_blocking(|| io_proxy::kill(proxies)).await.unwrap_or_default();
+        let until = Instant::now() + io_proxy::KILLED;
+        let held =
+            tokio::task::spawn_blocking(move || io_proxy::kill(proxies, until)).await.unwrap_or_default();
         if held.is_empty() {
             return Ok(());
         }

@@ -30,8 +30,8 @@ const ENDING: Duration = Duration::from_secs(2);
 /// How long after SIGKILL it may take to end.
 const KILLING: Duration = Duration::from_secs(5);
 
-/// How long those that were killed with their QEMU may take, before the user is told that they stay.
-const KILLED: Duration = Duration::from_millis(500);
+/// How long one that was killed takes to end at most, if the kernel does not keep it.
+pub const KILLED: Duration = Duration::from_millis(500);
 
 /// Between two looks at what cannot be waited for.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -134,13 +134,12 @@ pub(super) fn end(id: &DeviceId, plan: &IoProxy) -> Result<(), NeedError> {
     Err(NeedError::ProxyStays { id: id.clone(), image: plan.image.clone().into() })
 }
 
-/// Kills those that serve so, and says which of them the kernel does not let go, being in a call at their storage. QEMU is dead.
-pub fn kill(plans: Vec<IoProxy>) -> Vec<IoProxy> {
+/// Kills those that serve so, and says which of them have not ended by a time: the kernel keeps them in a call at their storage. QEMU is dead.
+pub fn kill(plans: Vec<IoProxy>, until: Instant) -> Vec<IoProxy> {
     for process in plans.iter().flat_map(processes) {
         // It may end by itself just now.
         let _ = process.signal(Signal::SIGKILL);
     }
-    let until = Instant::now() + KILLED;
     let stays = |plan: &IoProxy| {
         let patience = until.saturating_duration_since(Instant::now());
         !has_ended(&lock_file(plan), patience).unwrap_or(true)

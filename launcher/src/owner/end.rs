@@ -348,9 +348,13 @@ impl Owner {
     /// Tells everyone who waits for the end. What a QEMU that was killed had given to io-proxies may still be on its way to their storage.
     async fn tell_stopped(&mut self, reason: &str) {
         let proxies = self.layout.devices().iter().filter_map(Placed::io_proxy).cloned().collect();
-        let held = match self.farewell.is_killing() {
-            true => tokio::task::spawn_blocking(|| io_proxy::kill(proxies)).await.unwrap_or_default(),
-            false => Vec::new(),
+        let held = match self.farewell.held_at {
+            Some(held_at) => {
+                let until = held_at.into_std().max(std::time::Instant::now() + io_proxy::KILLED);
+                let killing = tokio::task::spawn_blocking(move || io_proxy::kill(proxies, until));
+                killing.await.unwrap_or_default()
+            }
+            None => Vec::new(),
         };
         let words = held_words(&self.launch.vm, held.iter().map(|proxy| proxy.image.as_str()));
         let reboot = self.farewell.reboot.take();
