@@ -125,7 +125,7 @@ pub async fn take(qmp: &Qmp, turn: Turn) -> Result<Option<i64>, QmpError> {
         qmp.call("qom-set", json!({"path": path, "property": "drive", "value": step.node})).await?;
     }
     for node in turn.idle {
-        // It is no loss if it stays: it has no storage.
+        // One that somebody uses, or that QEMU never had, is none of ours.
         let _ = qmp.call("blockdev-del", json!({"node-name": node})).await;
     }
     // The VM stands still, and what drains is done.

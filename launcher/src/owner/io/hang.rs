@@ -113,11 +113,7 @@ impl Owner {
         match news {
             HangNews::Seen(Ok(seen)) => {
                 self.io.watching = false;
-                if seen.is_stopped && self.run == VmState::Running && self.io.phase == Phase::Idle {
-                    // The event was lost.
-                    self.io_stopped();
-                    self.look();
-                }
+                self.saw_run(seen.is_stopped);
                 seen.disks.into_iter().for_each(|(id, seen)| self.saw(&id, seen));
             }
             HangNews::Seen(Err(error)) => {
@@ -125,6 +121,15 @@ impl Owner {
                 debug!(%error, "QEMU did not say whether disks hang");
             }
             HangNews::Answered(id, answer) => self.answered(&id, answer),
+        }
+    }
+
+    /// A stop that is still there at the next look, and that no event has told of meanwhile: the event is lost, and not just on its way.
+    fn saw_run(&mut self, is_stopped: bool) {
+        let is_untold = is_stopped && self.run == VmState::Running && self.io.phase == Phase::Idle;
+        if std::mem::replace(&mut self.io.saw_untold_stop, is_untold) && is_untold {
+            self.io_stopped();
+            self.look();
         }
     }
 

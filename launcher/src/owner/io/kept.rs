@@ -23,6 +23,9 @@ struct Kept {
     places: u32,
     drills: u32,
     disks: BTreeMap<DeviceId, KeptDisk>,
+    /// Nodes of drills that are over. They are parents of the disks' own nodes, which therefore cannot go before them.
+    #[serde(default)]
+    leavings: Vec<String>,
     /// Whether a turn may have left the VM standing still.
     #[serde(default)]
     interrupted: bool,
@@ -62,6 +65,7 @@ impl Io {
             places,
             drills: self.drills,
             disks: disks.collect(),
+            leavings: self.leavings.clone(),
             interrupted: self.interrupted || self.phase == Phase::Turning,
             wants_pause: self.wants_pause,
         };
@@ -93,6 +97,19 @@ impl Io {
 }
 
 impl Owner {
+    /// Removes what a former owner did not come to remove. What a disk still stands on goes with the turn that takes it elsewhere.
+    fn remove_leavings(&self) {
+        if self.io.hung().is_some() {
+            return;
+        }
+        let (qmp, leavings) = (self.qmp.clone(), self.io.leavings.clone());
+        tokio::spawn(async move {
+            for node in leavings {
+                let _ = qmp.call("blockdev-del", json!({"node-name": node})).await;
+            }
+        });
+    }
+
     /// Disks as a former owner knew them, or as they are configured.
     pub(in crate::owner) fn begin_io(&mut self) {
         let kept = self.io.kept();
@@ -110,6 +127,8 @@ impl Owner {
                 }
             }
         }
+        self.io.leavings = kept.leavings;
+        self.remove_leavings();
         // Whoever adopted the VM made them, and what they gave back stops it.
         let has_proxies = self.io.proxies().next().is_some();
         self.io.gave_back = has_proxies;

@@ -122,6 +122,8 @@ pub(super) struct Io {
     unplug: Vec<DeviceId>,
     /// Whether QEMU is being asked if disks hang.
     watching: bool,
+    /// Whether the VM stood still at the last look, and no event had told so.
+    saw_untold_stop: bool,
     /// Starts proxies.
     host: Arc<Host>,
     /// What proxies say, and where they say it.
@@ -163,6 +165,7 @@ impl Io {
             stand_ins: BTreeMap::new(),
             unplug: Vec::new(),
             watching: false,
+            saw_untold_stop: false,
         }
     }
 
@@ -394,6 +397,7 @@ impl Owner {
 
     /// The VM stands still.
     pub(super) fn io_stopped(&mut self) {
+        self.io.saw_untold_stop = false;
         if self.io.disks.values().any(|disk| disk.io.retry.engine != Engine::Native) {
             // It drains now: nothing may keep it waiting. What was given back before explains the stop, what is given back now does not.
             let given = self.io.disks.values().any(|disk| disk.parked)
