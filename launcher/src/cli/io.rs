@@ -76,7 +76,8 @@ pub async fn drill(drill: Drill) -> Result<Exit, Problem> {
     loop {
         let status = client.status().await?;
         let Some(io) = status.device(&drill.disk).and_then(|disk| disk.io.as_ref()) else {
-            if act != Some(AtTimeout::Unplug) {
+            // Between two looks it may have timed out and gone.
+            if act != Some(AtTimeout::Unplug) && !unplugs_after(&before, begin.elapsed()) {
                 return Err(gone(&drill.disk));
             }
             say("the disk was unplugged, as its at_timeout says: `qvirt attach` gives it back");
@@ -116,6 +117,12 @@ pub async fn drill(drill: Drill) -> Result<Exit, Problem> {
         }
         tokio::time::sleep(LOOK).await;
     }
+}
+
+/// Whether a disk is to be unplugged by its timeout when its storage has failed for that long.
+fn unplugs_after(disk: &DeviceStatus, time: Duration) -> bool {
+    let retry = disk.on_error.as_ref().filter(|retry| retry.at_timeout == AtTimeout::Unplug);
+    retry.and_then(|retry| retry.timeout).is_some_and(|timeout| time >= timeout.duration())
 }
 
 /// How long a disk may take to recover beyond its interval.
