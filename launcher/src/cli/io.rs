@@ -9,7 +9,7 @@ use super::client::{Client, connect};
 use super::{Exit, Problem, print};
 use crate::folders::{Folders, VmName};
 use crate::request;
-use crate::status::{DeviceStatus, IoState};
+use crate::status::{DeviceStatus, IoState, IoStatus};
 use crate::suspend::hang::read_beginning;
 
 /// `qvirt io`
@@ -68,20 +68,28 @@ pub async fn drill(drill: Drill) -> Result<Exit, Problem> {
     let say = |text: &str| println!("{:6.1}s  {text}", begin.elapsed().as_secs_f32());
     say(&format!("{}: its storage fails for {:?}", drill.disk, drill.fail_for));
     let mut last = IoState::Ok;
-    // After the outage a disk is tried at its interval; whatever takes longer than twice that is worth an error.
     // What was done at the timeout.
     let mut act = None;
+    // After the outage a disk is tried at its interval; whatever takes longer than twice that is worth an error.
     let interval = before.on_error.as_ref().map_or(Duration::ZERO, |retry| retry.interval.duration());
     let deadline = drill.fail_for + interval * 2 + PATIENCE;
     loop {
         let status = client.status().await?;
-        let Some(io) = status.device(&drill.disk).and_then(|disk| disk.io.as_ref()) else {
+        let Some(now) = status.device(&drill.disk) else {
             // Between two looks it may have timed out and gone.
             if act != Some(AtTimeout::Unplug) && !unplugs_after(&before, begin.elapsed()) {
                 return Err(gone(&drill.disk));
             }
             say("the disk was unplugged, as its at_timeout says: `qvirt attach` gives it back");
             return Ok(Exit::Done);
+        };
+        let Some(io) = now.io.as_ref() else {
+            // It is leaving.
+            if begin.elapsed() > deadline {
+                return Err(gone(&drill.disk));
+            }
+            tokio::time::sleep(LOOK).await;
+            continue;
         };
         if io.state != last {
             say(&print::io_words(io));
@@ -93,17 +101,7 @@ pub async fn drill(drill: Drill) -> Result<Exit, Problem> {
             return Ok(Exit::Done);
         }
         if !io.drilled && io.state == IoState::Ok && act != Some(AtTimeout::Unplug) {
-            let counted = |f: fn(&crate::suspend::Counters) -> u64| {
-                f(&io.counters) - before.io.as_ref().map_or(0, |io| f(&io.counters))
-            };
-            match counted(|c| c.suspensions) {
-                0 => say("it works again; nobody used it meanwhile, so nothing was seen"),
-                _ => {
-                    let retries = counted(|c| c.retries);
-                    let plural = if retries == 1 { "" } else { "s" };
-                    say(&format!("it works again, after {retries} attempt{plural}"));
-                }
-            }
+            say(&recovery_words(&before, io));
             return Ok(Exit::Done);
         }
         if begin.elapsed() > deadline {
@@ -116,6 +114,18 @@ pub async fn drill(drill: Drill) -> Result<Exit, Problem> {
             return Err(Problem::new(Exit::Pending, text));
         }
         tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// What is said of a disk that works again, by how it was before and is now.
+fn recovery_words(before: &DeviceStatus, now: &IoStatus) -> String {
+    let counted = |f: fn(&crate::suspend::Counters) -> u64| {
+        f(&now.counters) - before.io.as_ref().map_or(0, |io| f(&io.counters))
+    };
+    match (counted(|c| c.suspensions), counted(|c| c.retries)) {
+        (0, _) => "it works again; nobody used it meanwhile, so nothing was seen".to_owned(),
+        (_, 1) => "it works again, after 1 attempt".to_owned(),
+        (_, retries) => format!("it works again, after {retries} attempts"),
     }
 }
 

@@ -8,7 +8,7 @@ use serde_json::json;
 use tracing::warn;
 
 use super::disk::{Disk, Drill};
-use super::{Io, Owner, Phase};
+use super::{Finished, Io, IoNews, Owner, Phase};
 use crate::folders::write_volatile;
 use crate::owner::Reply;
 use crate::record::Stage;
@@ -98,15 +98,19 @@ impl Io {
 
 impl Owner {
     /// Removes what a former owner did not come to remove. What a disk still stands on goes with the turn that takes it elsewhere.
-    fn remove_leavings(&self) {
+    fn remove_leavings(&mut self) {
         if self.io.hung().is_some() {
             return;
         }
         let (qmp, leavings) = (self.qmp.clone(), self.io.leavings.clone());
-        tokio::spawn(async move {
+        self.jobs.spawn(async move {
+            let mut removed = Vec::new();
             for node in leavings {
-                let _ = qmp.call("blockdev-del", json!({"node-name": node})).await;
+                if qmp.call("blockdev-del", json!({"node-name": node})).await.is_ok() {
+                    removed.push(node);
+                }
             }
+            Finished::Io(IoNews::Removed(removed))
         });
     }
 

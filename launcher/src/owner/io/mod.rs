@@ -35,7 +35,6 @@ use tracing::{debug, warn};
 use super::{Finished, Owner, Reply};
 use crate::host::need::Host;
 use crate::record::Stage;
-use crate::status::{IoState, IoStatus};
 use crate::suspend::hang::Detector;
 use crate::suspend::line::{Line, News};
 use crate::suspend::parking::Parking;
@@ -77,6 +76,8 @@ pub(super) enum IoNews {
     Looked(Result<Look, QmpError>),
     Turned(Result<Option<i64>, QmpError>),
     Beat(bool),
+    /// Nodes of drills of a former owner that QEMU has no more.
+    Removed(Vec<String>),
     Hang(hang::HangNews),
 }
 
@@ -246,42 +247,6 @@ impl Io {
     pub(super) fn retry(&self, id: &DeviceId) -> Option<Retry> {
         self.disks.get(id).map(|disk| disk.io.retry.clone())
     }
-
-    /// Whether the storage of a disk is out of order.
-    pub(super) fn is_suspended(&self, id: &DeviceId) -> bool {
-        self.status(id).is_some_and(|io| io.state != IoState::Ok)
-    }
-
-    /// Whether the storage of any disk is.
-    pub(super) fn any_suspended(&self) -> bool {
-        self.disks.keys().any(|id| self.is_suspended(id))
-    }
-
-    /// How a disk is, for the status.
-    pub(super) fn status(&self, id: &DeviceId) -> Option<IoStatus> {
-        let disk = self.disks.get(id)?;
-        let held = match &disk.proxy {
-            Some(proxy) => proxy.held(),
-            None => self.parking.as_ref().map_or(0, |parking| parking.held(id)),
-        };
-        let state = match &disk.io.outage {
-            _ if disk.hang.hangs() => IoState::Hung,
-            None => IoState::Ok,
-            Some(Outage { timed_out: Some(_), .. }) => IoState::TimedOut,
-            Some(_) => IoState::Suspended,
-        };
-        let outage = disk.io.outage.clone().map(|outage| crate::status::IoOutage {
-            since_unix_ms: outage.since_unix_ms,
-            attempts: outage.attempts,
-            operation: outage.what.operation,
-            cause: outage.what.cause,
-            nospace: outage.what.nospace,
-            at_timeout: outage.timed_out,
-        });
-        let node = format!("{id}-drill-");
-        let drilled = disk.drill.is_some() || self.leavings.iter().any(|leaving| leaving.starts_with(&node));
-        Some(IoStatus { state, held, outage, drilled, counters: disk.io.counters })
-    }
 }
 
 impl Owner {
@@ -444,6 +409,10 @@ impl Owner {
                 warn!("QEMU does not answer while I/O is held: something drains; giving the I/O back");
                 self.io.give_back();
                 self.look_at_io();
+            }
+            IoNews::Removed(nodes) => {
+                self.io.leavings.retain(|node| !nodes.contains(node));
+                self.io.keep();
             }
             IoNews::Hang(news) => self.on_hang_news(news),
             IoNews::Looked(Ok(look)) => {

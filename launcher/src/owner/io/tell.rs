@@ -9,11 +9,50 @@ use tracing::{info, warn};
 
 use super::disk::Drill;
 use super::proxied::times;
-use super::{Owner, TELL};
+use super::{Io, Owner, TELL};
 use crate::owner::{Reply, not_now};
 use crate::request::{Class, Drill as Wanted, Failure, IoSet};
+use crate::status::{IoOutage, IoState, IoStatus};
 use crate::suspend::state::unix_ms;
-use crate::suspend::{Change, Uptime};
+use crate::suspend::{Change, Outage, Uptime};
+
+impl Io {
+    /// Whether the storage of a disk is out of order.
+    pub(in crate::owner) fn is_suspended(&self, id: &DeviceId) -> bool {
+        self.status(id).is_some_and(|io| io.state != IoState::Ok)
+    }
+
+    /// Whether the storage of any disk is.
+    pub(in crate::owner) fn any_suspended(&self) -> bool {
+        self.disks.keys().any(|id| self.is_suspended(id))
+    }
+
+    /// How a disk is, for the status.
+    pub(in crate::owner) fn status(&self, id: &DeviceId) -> Option<IoStatus> {
+        let disk = self.disks.get(id)?;
+        let held = match &disk.proxy {
+            Some(proxy) => proxy.held(),
+            None => self.parking.as_ref().map_or(0, |parking| parking.held(id)),
+        };
+        let state = match &disk.io.outage {
+            _ if disk.hang.hangs() => IoState::Hung,
+            None => IoState::Ok,
+            Some(Outage { timed_out: Some(_), .. }) => IoState::TimedOut,
+            Some(_) => IoState::Suspended,
+        };
+        let outage = disk.io.outage.clone().map(|outage| IoOutage {
+            since_unix_ms: outage.since_unix_ms,
+            attempts: outage.attempts,
+            operation: outage.what.operation,
+            cause: outage.what.cause,
+            nospace: outage.what.nospace,
+            at_timeout: outage.timed_out,
+        });
+        let node = format!("{id}-drill-");
+        let drilled = disk.drill.is_some() || self.leavings.iter().any(|leaving| leaving.starts_with(&node));
+        Some(IoStatus { state, held, outage, drilled, counters: disk.io.counters })
+    }
+}
 
 impl Owner {
     /// Tries the storage of a disk now.
