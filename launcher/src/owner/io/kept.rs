@@ -99,7 +99,7 @@ impl Io {
 impl Owner {
     /// Removes what a former owner did not come to remove. What a disk still stands on goes with the turn that takes it elsewhere.
     fn remove_leavings(&mut self) {
-        if self.io.hung().is_some() {
+        if self.io.leavings.is_empty() || self.io.hung().is_some() {
             return;
         }
         let (qmp, leavings) = (self.qmp.clone(), self.io.leavings.clone());
