@@ -116,6 +116,9 @@ fn an_outage_that_ends_in_time() {
     assert_eq!(replay.stage.state(), "running");
     let output = replay.stage.vm.qvirt(&["io", "retry", "guest", "d"]);
     assert!(output.code == 3 && output.stderr.contains("disk d is retried by QEMU itself"), "{output}");
+    let output = replay.stage.vm.qvirt(&["io", "set", "guest", "d", "--interval", "2s"]);
+    let why = "its device takes interval and timeout only when it is made: change the config, then restart VM guest or detach and attach the disk";
+    assert!(output.code == 3 && output.stderr.contains(why), "{output}");
     // The look after the last attempt, then the success.
     std::thread::sleep(INTERVAL / 2);
     replay.control.io_done("d", 40);

@@ -26,3 +26,4 @@ mod refusals;
 mod snapshots;
 mod stored;
 mod suspension;
+mod timeouts;

@@ -1,19 +1,15 @@
 //! Disks behind a proxy, while a guest writes, reads and verifies a pattern on them all the time: outages, timeouts, and deaths of owner and proxy. The
 //! storage fails by a drill, in the proxy.
 
-use serde_json::json;
-use tests::guest::PatternReport;
 use tests::qemu::{QemuVersion, images};
 use tests::storm::Storm;
 use tests::vm::finished;
 use tests::{on_both, on_one};
 
-use crate::faults::Follower;
 use crate::suspension::{boot, in_time};
 
 on_both! {
     held => an_outage_that_ends_in_time,
-    reported => timeouts_that_the_guest_is_told_of,
 }
 
 on_one! { 10.0:
@@ -24,7 +20,6 @@ on_one! { 10.0:
 
 on_one! { 7.2:
     drained => drains_while_requests_are_held,
-    acts => other_acts_at_the_timeout,
 }
 
 const PROXY: &str = "on_error.engine=proxy";
@@ -32,30 +27,6 @@ const PROXY: &str = "on_error.engine=proxy";
 fn an_outage_that_ends_in_time(version: QemuVersion) {
     let (mut scene, storm) = in_time(version, "proxy");
     storm.leaves(&mut scene);
-    scene.end();
-}
-
-fn timeouts_that_the_guest_is_told_of(version: QemuVersion) {
-    let mut scene = boot(version);
-    let people = Follower::start(&scene.vm, "events.txt", &[]);
-    for (id, bus) in [("blk", "virtio-blk"), ("lun", "virtio-scsi")] {
-        let storm = Storm::begin(&mut scene, id, &format!("bus={bus},{PROXY},on_error.timeout=1s"));
-        storm.fail_for(&scene, 4000);
-        let told = |report: &PatternReport| report.error_count > 0;
-        scene.guest.wait_pattern(&storm.name, "the error", told).expect("the guest is told");
-        storm.waits_for(&scene, "timed-out");
-        assert_eq!(scene.guest.check("echo alive").expect("the guest lives").trim(), "alive");
-        storm.waits_for(&scene, "ok");
-        let before = storm.report(&mut scene).error_count;
-        let report = storm.goes_on(&mut scene, "after the repair, without a restart");
-        assert_eq!((report.error_count, report.mismatch_count), (before, 0), "{report:#?}");
-        assert_eq!(storm.count(&scene, "timeouts"), 1);
-        let device = format!("device={id}");
-        let told = people.lines(&["QVIRT_IO_TIMED_OUT", &device, "action=report"]);
-        assert_eq!(told.len(), 1, "{}", people.text());
-        scene.guest.pattern_stop(&storm.name).expect("the pattern ends");
-    }
-    drop(people);
     scene.end();
 }
 
@@ -115,42 +86,6 @@ fn drains_while_requests_are_held(version: QemuVersion) {
     // The end.
     storm.fail_for(&scene, 60_000);
     storm.waits_for(&scene, "suspended");
-    scene.end();
-}
-
-fn other_acts_at_the_timeout(version: QemuVersion) {
-    let mut scene = boot(version);
-    let wish = |act: &str| format!("{PROXY},on_error.timeout=1s,on_error.at_timeout={act}");
-    let storm = Storm::begin(&mut scene, "holder", &wish("hold"));
-    storm.fail_for(&scene, 3000);
-    storm.waits_for(&scene, "timed-out");
-    storm.waits_for(&scene, "ok");
-    storm.is_unharmed(&mut scene, "after a timeout that holds");
-    // By hand, before its time.
-    scene.vm.qmp("qvirt-io-set", &json!({"id": "holder", "timeout": "10m"}));
-    storm.fail_for(&scene, 4000);
-    storm.waits_for(&scene, "suspended");
-    scene.vm.ok(&["io", "fail", "guest", "holder"]);
-    let told = |report: &PatternReport| report.error_count > 0;
-    scene.guest.wait_pattern(&storm.name, "the error", told).expect("the guest is told");
-    storm.waits_for(&scene, "ok");
-    scene.guest.pattern_stop(&storm.name).expect("the pattern ends");
-
-    let storm = Storm::begin(&mut scene, "pauser", &wish("pause"));
-    storm.fail_for(&scene, 2500);
-    scene.vm.wait_for("the VM to be paused", || scene.vm.status()["reason"] == "io-error");
-    assert_eq!(storm.io(&scene)["state"], "timed-out");
-    scene.vm.wait_for("the end of the drill", || {
-        scene.vm.ok(&["resume", "guest"]);
-        storm.io(&scene)["state"] == "ok"
-    });
-    storm.is_unharmed(&mut scene, "after a pause");
-    scene.guest.pattern_stop(&storm.name).expect("the pattern ends");
-
-    let storm = Storm::begin(&mut scene, "leaver", &format!("bus=scsi,{}", wish("unplug")));
-    storm.fail_for(&scene, 60_000);
-    scene.vm.wait_for("the disk to be unplugged", || scene.vm.device("leaver").is_null());
-    assert_eq!(scene.guest.check("echo alive").expect("the guest lives").trim(), "alive");
     scene.end();
 }
 

@@ -15,7 +15,6 @@ use crate::faults::Follower;
 
 on_both! {
     held => outages_that_end_in_time,
-    reported => a_timeout_that_the_guest_is_told_of,
 }
 
 on_one! { 10.0:
@@ -31,7 +30,6 @@ on_one! { 7.2:
     paused => a_vm_that_is_paused,
     at_the_end => a_timeout_that_pauses,
     owners => owners_that_die,
-    scsi => a_timeout_on_scsi,
     nameless => an_image_whose_path_is_gone,
 }
 
@@ -105,45 +103,6 @@ fn twenty_outages(version: QemuVersion) {
     scene.end();
 }
 
-fn a_timeout_that_the_guest_is_told_of(version: QemuVersion) {
-    let mut scene = boot(version);
-    let people = Follower::start(&scene.vm, "events.txt", &[]);
-    let storm = Storm::begin(&mut scene, "blk", "on_error.engine=hold,on_error.timeout=1s");
-    storm.fail_for(&scene, 4000);
-    let told = |report: &PatternReport| report.error_count > 0;
-    scene.guest.wait_pattern(&storm.name, "the error", told).expect("the guest is told");
-    assert_eq!(storm.io(&scene)["state"], "timed-out");
-    assert_eq!(scene.guest.check("echo alive").expect("the guest lives").trim(), "alive");
-    storm.waits_for(&scene, "ok");
-    let before = storm.report(&mut scene).error_count;
-    let report = storm.goes_on(&mut scene, "after the repair, without a restart");
-    assert_eq!((report.error_count, report.mismatch_count), (before, 0), "{report:#?}");
-    assert_eq!(storm.count(&scene, "timeouts"), 1);
-    assert!(
-        !people.lines(&["QVIRT_IO_TIMED_OUT", "device=blk", "action=report"]).is_empty(),
-        "{}",
-        people.text()
-    );
-    drop(people);
-    scene.end();
-}
-
-fn a_timeout_on_scsi(version: QemuVersion) {
-    let mut scene = boot(version);
-    let storm = Storm::begin(&mut scene, "lun", "bus=scsi,on_error.timeout=1s,on_error.at_timeout=hold");
-    storm.fail_for(&scene, 3000);
-    storm.waits_for(&scene, "timed-out");
-    storm.waits_for(&scene, "ok");
-    storm.is_unharmed(&mut scene, "after a timeout that holds");
-    storm.detach(&mut scene);
-    let storm = Storm::begin(&mut scene, "leaver", "bus=scsi,on_error.timeout=1s,on_error.at_timeout=unplug");
-    let told = storm.drill(&scene, "60s", &[]);
-    assert!(told.contains("the disk was unplugged, as its at_timeout says"), "{told}");
-    assert!(scene.vm.device("leaver").is_null());
-    assert_eq!(scene.guest.check("echo alive").expect("the guest lives").trim(), "alive");
-    scene.end();
-}
-
 fn a_vm_that_is_paused(version: QemuVersion) {
     let mut scene = boot(version);
     let storm = Storm::begin(&mut scene, "blk", "on_error.engine=pause");
@@ -211,40 +170,56 @@ fn two_disks(version: QemuVersion) {
 /// What is said by hand in an outage, and what cannot be said.
 fn what_people_say(version: QemuVersion) {
     let mut scene = boot(version);
-    let storm = Storm::begin(&mut scene, "blk", "on_error.engine=hold");
+    for engine in ["hold", "proxy", "pause"] {
+        let storm = Storm::begin(&mut scene, engine, &format!("on_error.engine={engine}"));
+        cannot_be_said(&scene, engine);
+        for remedy in [&["retry", "guest", engine][..], &["set", "guest", engine, "--interval", "200ms"]] {
+            scene.vm.ok(&["io", "set", "guest", engine, "--interval", "1h"]);
+            storm.fail_for(&scene, 1000);
+            storm.waits_for(&scene, "suspended");
+            assert!(scene.vm.ok(&["list"]).contains("suspended"));
+            std::thread::sleep(Duration::from_millis(1500));
+            assert_eq!(storm.io(&scene)["state"], "suspended", "an hour is not over");
+            scene.vm.ok(&[&["io"], remedy].concat());
+            storm.waits_for(&scene, "ok");
+            storm.is_unharmed(&mut scene, &remedy.join(" "));
+        }
+        storm.fail_for(&scene, 4000);
+        storm.waits_for(&scene, "suspended");
+        if engine == "pause" {
+            let output = scene.vm.expect(3, &["io", "fail", "guest", engine]);
+            assert!(output.stderr.contains("its requests wait in the paused device"), "{output}");
+        } else {
+            is_told_by_hand(&mut scene, &storm);
+        }
+        storm.waits_for(&scene, "ok");
+        storm.goes_on(&mut scene, "after it was told by hand");
+        scene.guest.pattern_stop(&storm.name).expect("the pattern ends");
+    }
+    scene.end();
+}
+
+fn cannot_be_said(scene: &Scene, disk: &str) {
     for (words, why) in [
         (
-            &["set", "guest", "blk", "--at-timeout", "hold"][..],
+            &["set", "guest", disk, "--at-timeout", "hold"][..],
             "it retries for ever, so an at_timeout would be without effect",
         ),
-        (&["set", "guest", "blk", "--interval", "10ms"], "the interval is 100ms at least"),
-        (&["retry", "guest", "blk"], "is not suspended"),
-        (&["fail", "guest", "blk"], "is not suspended"),
+        (&["set", "guest", disk, "--interval", "10ms"], "the interval is 100ms at least"),
+        (&["retry", "guest", disk], "is not suspended"),
+        (&["fail", "guest", disk], "is not suspended"),
     ] {
         let output = scene.vm.expect(3, &[&["io"], words].concat());
         assert!(output.stderr.contains(why), "{words:?}: {output}");
     }
-    for remedy in [&["retry", "guest", "blk"][..], &["set", "guest", "blk", "--interval", "200ms"]] {
-        scene.vm.ok(&["io", "set", "guest", "blk", "--interval", "1h"]);
-        storm.fail_for(&scene, 1000);
-        storm.waits_for(&scene, "suspended");
-        assert!(scene.vm.ok(&["list"]).contains("suspended"));
-        std::thread::sleep(Duration::from_millis(1500));
-        assert_eq!(storm.io(&scene)["state"], "suspended", "an hour is not over");
-        scene.vm.ok(&[&["io"], remedy].concat());
-        storm.waits_for(&scene, "ok");
-        storm.is_unharmed(&mut scene, &remedy.join(" "));
-    }
-    storm.fail_for(&scene, 4000);
-    storm.waits_for(&scene, "suspended");
-    scene.vm.ok(&["io", "fail", "guest", "blk"]);
+}
+
+fn is_told_by_hand(scene: &mut Scene, storm: &Storm) {
+    scene.vm.ok(&["io", "fail", "guest", &storm.id]);
     let told = |report: &PatternReport| report.error_count > 0;
     scene.guest.wait_pattern(&storm.name, "the error", told).expect("the guest is told");
-    let again = scene.vm.expect(3, &["io", "fail", "guest", "blk"]);
+    let again = scene.vm.expect(3, &["io", "fail", "guest", &storm.id]);
     assert!(again.stderr.contains("the guest was told already"), "{again}");
-    storm.waits_for(&scene, "ok");
-    storm.goes_on(&mut scene, "after it was told by hand");
-    scene.end();
 }
 
 /// Somebody stops the VM past the owner while requests are held: QEMU waits for them until they are given back, and answers.

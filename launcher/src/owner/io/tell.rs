@@ -5,7 +5,7 @@ use std::time::Duration;
 use devices::retry::{AtTimeout, Engine};
 use devices::{DeviceConfig, DeviceId, Placed};
 use serde_json::{Value, json};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::disk::Drill;
 use super::proxied::times;
@@ -289,8 +289,9 @@ fn log(id: &DeviceId, change: &Change) {
                 "its storage fails: its I/O is held"
             );
         }
+        // Nothing has changed.
         Change::Retried(o) => {
-            warn!(device, attempts = o.attempts, cause = o.what.cause, "its storage still fails")
+            debug!(device, attempts = o.attempts, cause = o.what.cause, "its storage still fails");
         }
         Change::TimedOut(o, action) => {
             warn!(device, attempts = o.attempts, %action, "its storage failed for longer than the timeout");
