@@ -425,11 +425,19 @@ fn toml_error(path: &Path, error: &toml::de::Error) -> ConfigError {
     ConfigError::Toml { path: path.to_owned(), message, hint }
 }
 
-/// serde's "unknown field `x`, expected one of `a`, `b`": the known one that `x` is nearest to.
+/// serde's "unknown field `x`, expected one of `a`, `b`": what `x` is called here, or the known one that it is nearest to.
 fn nearest_known(message: &str) -> String {
     let Some((_, rest)) = message.split_once("unknown field `") else { return String::new() };
     let mut words = rest.split('`').step_by(2);
     let Some(unknown) = words.next() else { return String::new() };
+    match unknown {
+        "on_error" => return "\nonly a [[disk]] has it, on virtio-blk or virtio-scsi: I/O of other devices cannot be held while storage fails".into(),
+        // QEMU's and libvirt's words.
+        "rerror" | "werror" | "error_policy" | "rerror_policy" | "retry_interval" | "retry_timeout" => {
+            return "\na [[disk]] has on_error = { read, write, interval, timeout, at_timeout, engine }".into();
+        }
+        _ => {}
+    }
     let near = words.map(|known| (strsim::damerau_levenshtein(unknown, known), known)).min();
     match near {
         Some((distance, known)) if distance <= known.len().max(unknown.len()) / 2 => {

@@ -7,6 +7,7 @@ use tests::events::Events;
 use tests::guest::{PatternReport, PatternWish};
 use tests::lab::host::far::FarFile;
 use tests::lab::host::faulty::{Behaviour, FaultyDisk};
+use tests::lab::host::frozen::FrozenFile;
 use tests::lab::{inside, patience, step};
 use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
@@ -19,6 +20,7 @@ const AT_ONCE: Duration = Duration::from_secs(5);
 enum Storage {
     Near(FaultyDisk),
     Far(FarFile),
+    Frozen(FrozenFile),
 }
 
 /// A guest with a pattern on a disk whose storage does as it is told.
@@ -34,6 +36,7 @@ impl Hanging {
         let path = match &storage {
             Storage::Near(disk) => disk.path(),
             Storage::Far(file) => file.path().to_owned(),
+            Storage::Frozen(file) => file.path().to_owned(),
         };
         let mut scene = step("boot", || Scene::boot(version, QUIET, AGENT_CHANNEL));
         let events = Events::follow(&scene.vm, &["--json"]);
@@ -65,6 +68,9 @@ impl Hanging {
             Storage::Near(disk) => disk.behave(behaviour).expect("device-mapper obeys"),
             Storage::Far(file) => {
                 file.answers(behaviour == Behaviour::Works).expect("its server obeys");
+            }
+            Storage::Frozen(file) => {
+                file.thaws(behaviour == Behaviour::Works).expect("its file system obeys");
             }
         }
     }
@@ -226,6 +232,28 @@ mod soak {
                 storage,
                 "bus=scsi,on_error.engine=hold",
             ));
+        });
+    }
+
+    /// Its VM stands still while the storage fails, and hangs with a request that is tried.
+    #[test]
+    fn a_disk_that_pauses_its_vm_hangs_and_the_guest_never_knows() {
+        inside(|| {
+            let storage = Storage::Near(FaultyDisk::new("stuckpause", 16).expect("a disk of this test"));
+            let more = "bus=virtio-blk,on_error.engine=pause";
+            hangs_thrice(Hanging::begin(QemuVersion::V7_2, "stuckpause", storage, more));
+        });
+    }
+
+    /// Its writes wait in the kernel, and what else the proxy is asked is answered.
+    #[test]
+    fn a_file_behind_a_proxy_is_frozen_and_the_guest_never_knows() {
+        inside(|| {
+            let storage = Storage::Frozen(FrozenFile::new("frozen", 8).expect("a file of this test"));
+            let more = "bus=virtio-blk,on_error.engine=proxy";
+            let mut disk = Hanging::begin(QemuVersion::V10_0, "frozen", storage, more);
+            hangs_in_use(&mut disk);
+            disk.end();
         });
     }
 }

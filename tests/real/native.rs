@@ -3,11 +3,13 @@
 
 use std::path::Path;
 
-use serde_json::Value;
-use tests::guest::{PatternReport, PatternWish};
 use tests::qemu::{QemuVersion, images, retrying_qemu};
 use tests::scene::{QUIET, Scene, judge};
-use tests::vm::{AGENT_CHANNEL, Vm};
+use tests::vm::Vm;
+
+use crate::matrix;
+use crate::suspension::{in_time, tables};
+use crate::timeouts::{Case, times_out};
 
 #[test]
 fn on_every_qemu() {
@@ -41,49 +43,15 @@ fn is_refused(qemu: &Path) {
     assert!(output.code == 2 && output.stderr.contains("does not retry by itself"), "{output}");
 }
 
-/// A disk that fails by a drill, in time and for too long.
+/// What the other engines go through as well.
 fn native(qemu: &Path) {
-    let mut scene = Scene::of(vm(qemu, AGENT_CHANNEL));
-    for (id, bus) in [("blk", "virtio-blk"), ("lun", "virtio-scsi")] {
-        let image = scene.vm.raw(&format!("{id}.img"), 16, "x");
-        let disk = format!(
-            "path={image},id={id},serial={id},bus={bus},on_error.read=retry,on_error.write=retry,on_error.interval=200ms,\
-             on_error.timeout=5s"
-        );
-        scene.attach(["--disk", &disk], "disk", &format!("serial={id}"));
-        assert_eq!(scene.vm.device(id)["on_error"]["engine"], "native");
-        outages(&mut scene, id);
+    let mut scene = Scene::of(vm(qemu, &tables()));
+    let storm = in_time(&mut scene, "native");
+    assert_eq!(scene.vm.device("blk")["on_error"]["engine"], "native");
+    storm.detach(&mut scene);
+    matrix::all_of(&mut scene, "native");
+    for bus in ["virtio-blk", "virtio-scsi"] {
+        times_out(&mut scene, &Case { engine: "native", bus, act: "report" });
     }
     scene.end();
-}
-
-fn outages(scene: &mut Scene, id: &str) {
-    let name = format!("/dev/{}", scene.disk(id));
-    scene.guest.pattern_start(&name, PatternWish::default()).expect("the pattern starts");
-    let io = |scene: &Scene| scene.vm.device(id)["io"].clone();
-    let is = |scene: &Scene, state: &str| {
-        scene.vm.wait_for(&format!("disk {id} to be {state}"), || io(scene)["state"] == state);
-    };
-    println!("{}", scene.vm.ok(&["drill", "guest", id, "--fail-for", "2s"]));
-    let report = goes_on(scene, &name, "after the outage");
-    assert_eq!((report.error_count, report.mismatch_count), (0, 0), "{report:#?}");
-    assert!(io(scene)["counters"]["retries"].as_u64() > Some(2), "{}", io(scene));
-
-    let arguments =
-        serde_json::json!({"id": id, "fail-for-ms": 9000, "reads": true, "writes": true, "flushes": true});
-    assert_ne!(scene.vm.qmp("qvirt-drill", &arguments), Value::Null);
-    let told = |report: &PatternReport| report.error_count > 0;
-    scene.guest.wait_pattern(&name, "the error", told).expect("the guest is told");
-    is(scene, "timed-out");
-    is(scene, "ok");
-    let report = goes_on(scene, &name, "after the timeout, without a restart");
-    assert_eq!(report.mismatch_count, 0, "{report:#?}");
-    assert_eq!(io(scene)["counters"]["timeouts"], 1);
-    scene.guest.pattern_stop(&name).expect("the pattern ends");
-}
-
-fn goes_on(scene: &mut Scene, name: &str, when: &str) -> PatternReport {
-    let before = scene.guest.pattern_report(name).expect("a report").verified;
-    let more = |report: &PatternReport| report.working && report.verified > before + 20;
-    scene.guest.wait_pattern(name, &format!("pattern that goes on {when}"), more).expect("it goes on")
 }

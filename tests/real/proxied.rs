@@ -25,7 +25,8 @@ on_one! { 7.2:
 const PROXY: &str = "on_error.engine=proxy";
 
 fn an_outage_that_ends_in_time(version: QemuVersion) {
-    let (mut scene, storm) = in_time(version, "proxy");
+    let mut scene = boot(version);
+    let storm = in_time(&mut scene, "proxy");
     storm.leaves(&mut scene);
     scene.end();
 }

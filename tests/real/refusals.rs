@@ -8,11 +8,16 @@ use tests::guest::{BOOT, PatternWish};
 use tests::qemu::QemuVersion;
 use tests::refusals::{each_is_refused, is_refused};
 use tests::scene::{QUIET, Scene};
+use tests::storm::Storm;
 use tests::vm::{AGENT_CHANNEL, Vm, finished};
 use tests::{on_both, on_one};
 
 on_both! {
     refused => while_a_disk_is_suspended,
+}
+
+on_one! { 7.2:
+    resets => a_reset_in_an_outage,
 }
 
 on_one! { 10.0:
@@ -68,6 +73,28 @@ fn while_a_disk_is_suspended(version: QemuVersion) {
     assert!(begin.elapsed() < AT_ONCE, "{:?}", begin.elapsed());
     println!("qvirt drill: {}", finished(drill));
     scene.vm.nothing_left();
+}
+
+/// It clears the requests of a disk that is not booted from, and the VM runs, whoever keeps them.
+fn a_reset_in_an_outage(version: QemuVersion) {
+    let mut scene = crate::suspension::boot(version);
+    for engine in ["proxy", "pause"] {
+        for bus in ["virtio-blk", "virtio-scsi"] {
+            let id = format!("{engine}-{}", &bus["virtio-".len()..]);
+            let storm = Storm::begin(&mut scene, &id, &format!("bus={bus},on_error.engine={engine}"));
+            storm.fail_for(&scene, 6000);
+            storm.waits_for(&scene, "suspended");
+            scene.vm.ok(&["reset", "guest"]);
+            scene.guest = scene.vm.guest();
+            scene.guest.wait_ready(BOOT).expect("the guest boots again");
+            storm.waits_for(&scene, "ok");
+            assert_eq!(scene.vm.status()["state"], "running");
+            let storm = Storm::of_disk(&mut scene, &id);
+            storm.is_unharmed(&mut scene, "after a reset");
+            storm.detach(&mut scene);
+        }
+    }
+    scene.end();
 }
 
 /// A boot sector that has the firmware read the next one for ever, by the disk that it was booted from (int 13h, function 42h).

@@ -45,23 +45,28 @@ iothread = "io1"
 "#;
 
 pub fn boot(version: QemuVersion) -> Scene {
-    Scene::boot(version, QUIET, &format!("{AGENT_CHANNEL}{TABLES}"))
+    Scene::boot(version, QUIET, &tables())
+}
+
+pub fn tables() -> String {
+    format!("{AGENT_CHANNEL}{TABLES}")
 }
 
 fn outages_that_end_in_time(version: QemuVersion) {
-    in_time(version, "hold").0.end();
+    let mut scene = boot(version);
+    in_time(&mut scene, "hold");
+    scene.end();
 }
 
-/// Outages of each kind that the guest only feels; gives the scene with its disk, which an engine of that name retries.
-pub fn in_time(version: QemuVersion, engine: &str) -> (Scene, Storm) {
-    let mut scene = boot(version);
+/// Outages of each kind that the guest only feels; gives the disk, which an engine of that name retries.
+pub fn in_time(scene: &mut Scene, engine: &str) -> Storm {
     let people = Follower::start(&scene.vm, "events.txt", &[]);
-    let storm = Storm::begin(&mut scene, "blk", &format!("on_error.engine={engine},on_error.timeout=1m"));
-    storm.drill(&scene, "2s", &[]);
-    let report = storm.is_unharmed(&mut scene, "after the outage");
+    let storm = Storm::begin(scene, "blk", &format!("on_error.engine={engine},on_error.timeout=1m"));
+    storm.drill(scene, "2s", &[]);
+    let report = storm.is_unharmed(scene, "after the outage");
     assert!(report.longest_pause_us > 1_000_000, "the outage was felt: {report:#?}");
-    assert_eq!(storm.io(&scene)["state"], "ok");
-    assert!(storm.count(&scene, "retries") > 0, "{}", storm.io(&scene));
+    assert_eq!(storm.io(scene)["state"], "ok");
+    assert!(storm.count(scene, "retries") > 0, "{}", storm.io(scene));
     let all = [
         "device=blk",
         "path=/",
@@ -79,12 +84,17 @@ pub fn in_time(version: QemuVersion, engine: &str) -> (Scene, Storm) {
         assert!(!people.lines(&parts).is_empty(), "{parts:?} are missing in\n{}", people.text());
     }
     for kind in ["--reads", "--writes"] {
-        let before = storm.count(&scene, "suspensions");
-        storm.drill(&scene, "1s", &[kind]);
-        storm.is_unharmed(&mut scene, kind);
-        assert!(storm.count(&scene, "suspensions") > before, "{kind}: nothing failed: {}", storm.io(&scene));
+        let before = storm.count(scene, "suspensions");
+        storm.drill(scene, "1s", &[kind]);
+        storm.is_unharmed(scene, kind);
+        assert!(storm.count(scene, "suspensions") > before, "{kind}: nothing failed: {}", storm.io(scene));
     }
-    (scene, storm)
+    let log = scene.vm.owner_log();
+    for (counter, line) in [("suspensions", "its I/O is held"), ("recoveries", "its I/O goes on")] {
+        let lines = log.lines().filter(|text| text.contains(line)).count();
+        assert_eq!(lines as u64, storm.count(scene, counter), "a line for each:\n{log}");
+    }
+    storm
 }
 
 fn twenty_outages(version: QemuVersion) {

@@ -30,16 +30,13 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::LEAST_INTERVAL;
 use super::disk::{Disk, State};
 use super::retry::{Moment, PerKind};
+use super::{LEAST_INTERVAL, LONG};
 use crate::nbd::Export;
 
 /// Between two states.
 const PACE: Duration = Duration::from_millis(100);
-
-/// From when on a call at the storage is worth telling.
-const LONG: Duration = Duration::from_secs(1);
 
 /// How long the storage may take to tell its size.
 const SIZE: Duration = Duration::from_secs(10);

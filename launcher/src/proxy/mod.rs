@@ -51,6 +51,9 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The shortest time between two attempts.
 pub const LEAST_INTERVAL: Duration = Duration::from_millis(100);
 
+/// From when on a call at the storage is worth telling.
+pub const LONG: Duration = Duration::from_secs(1);
+
 /// What a proxy is to do.
 #[derive(Clone, Debug)]
 pub struct Plan {

@@ -55,6 +55,8 @@ pub struct State {
     pub timeouts: u64,
     pub fault: PerKind<bool>,
     #[serde(default)]
+    pub oldest_outstanding_ms: Option<u64>,
+    #[serde(default)]
     pub heir: bool,
 }
 
@@ -62,6 +64,11 @@ impl State {
     /// How many requests wait.
     pub fn held(&self) -> usize {
         self.held.read + self.held.write + self.held.flush
+    }
+
+    /// Whether a call at the storage takes long.
+    pub fn is_waiting(&self) -> bool {
+        self.oldest_outstanding_ms.is_some_and(|ms| Duration::from_millis(ms) >= crate::proxy::LONG)
     }
 
     /// Whether a drill is under way.

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 pub mod debug;
 pub mod far;
 pub mod faulty;
+pub mod frozen;
 pub mod network;
 pub mod pci;
 pub mod scsi;

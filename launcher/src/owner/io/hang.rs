@@ -6,7 +6,7 @@ use devices::retry::Engine;
 use devices::{DeviceId, Placed};
 use qmp_client::{Qmp, QmpError};
 use serde_json::{Value, json};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::disk::Disk;
 use super::{Finished, Io, IoNews, Owner, Phase};
@@ -53,6 +53,11 @@ impl Disk {
         self.done + counters.suspensions + counters.retries
     }
 
+    /// Whether its proxy waits for the storage; what it keeps while that fails is not there. `None` without a proxy that could tell.
+    fn proxy_waits(&self) -> Option<bool> {
+        Some(self.proxy.as_ref()?.seen.as_ref()?.is_waiting())
+    }
+
     /// QEMU's own attempts come at their interval: in between, their requests wait and do not hang.
     fn limit(&self) -> std::time::Duration {
         let is_native = self.io.retry.engine == Engine::Native && self.io.outage.is_some();
@@ -82,9 +87,10 @@ impl Owner {
             self.io.disks.values_mut().for_each(|disk| disk.hang.rests());
             let hung = self.io.disks.iter().filter(|(_, disk)| disk.hang.hangs());
             for id in hung.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
-                // Its requests wait in the device now, whatever its storage does: only that itself can tell.
-                if !self.ask_storage(&id) {
-                    self.judge_hang(&id, false);
+                // Its requests wait in the device now, whatever its storage does: only that itself can tell, or a proxy.
+                let waits = self.io.disks.get(&id).and_then(Disk::proxy_waits);
+                if waits.is_some() || !self.ask_storage(&id) {
+                    self.judge_hang(&id, waits == Some(true));
                 }
             }
             return;
@@ -138,15 +144,17 @@ impl Owner {
         let Some(disk) = self.io.disks.get_mut(id) else { return };
         disk.done = done;
         let is_home = Seat::of_node(&node).is_none();
-        // The queues of a SCSI disk are those of all disks of its controller: its own storage has to be asked.
         let is_suspect = is_home && disk.hang.is_still(disk.progress()) && has_requests != Some(false);
-        // A proxy keeps requests while its storage fails: that they wait does not tell whether that hangs.
-        let knows = is_blk && disk.io.retry.engine != Engine::Proxy && has_requests == Some(true);
-        if is_suspect && !knows {
+        let waits = match disk.io.retry.engine {
+            Engine::Proxy => disk.proxy_waits(),
+            // The queues of a SCSI disk are those of all disks of its controller.
+            _ => has_requests.filter(|_| is_blk),
+        };
+        if is_suspect && waits.is_none() {
             self.ask_storage(id);
         }
         let Some(disk) = self.io.disks.get(id) else { return };
-        let is_busy = disk.probe == Probe::Asked || is_suspect && knows;
+        let is_busy = disk.probe == Probe::Asked || is_suspect && waits == Some(true);
         self.judge_hang(id, is_busy);
     }
 
@@ -161,7 +169,7 @@ impl Owner {
                 self.announce("QVIRT_IO_HUNG", self.about_hang(id, json!({})));
             }
             Some(Turn::Ended(lasted)) => {
-                info!(device = %id, seconds = lasted.as_secs_f32(), "its storage answers again");
+                warn!(device = %id, seconds = lasted.as_secs_f32(), "its storage answers again");
                 let lasted = u64::try_from(lasted.as_millis()).unwrap_or(u64::MAX);
                 self.announce("QVIRT_IO_ANSWERS", self.about_hang(id, json!({"lasted-ms": lasted})));
                 self.look_at_io();

@@ -1,4 +1,5 @@
-//! What the next owner is to know of disks that retry: a file in the VM's runtime folder, written anew at each change.
+//! What the next owner is to know of disks that retry: a file in the VM's runtime folder, written anew at each change. Not in the state folder: that one
+//! may be on the very storage that fails, and outlives the boot, which a VM does not.
 
 use std::collections::BTreeMap;
 

@@ -186,7 +186,7 @@ impl Owner {
             }
             None => failing_node(&id, number, &disk.top, wanted, until),
         });
-        info!(device = %id, milliseconds = wanted.fail_for_ms, "a drill: its storage fails on purpose");
+        warn!(device = %id, milliseconds = wanted.fail_for_ms, "a drill: its storage fails on purpose");
         self.io.keep();
         self.look_at_io();
         let _ = reply.send(Ok(json!({})));
@@ -278,31 +278,27 @@ fn failing_node(id: &DeviceId, number: u32, top: &str, wanted: &Wanted, until: U
     Drill { node: Some(node), add: Some(add), until }
 }
 
+/// A word of an event of QEMU's, which may have held it back.
+fn known(word: &str) -> Option<&str> {
+    (!word.is_empty()).then_some(word)
+}
+
+/// All at one level: who reads that the I/O is held is to read that it goes on.
 fn log(id: &DeviceId, change: &Change) {
-    let (device, seconds) = (id.as_str(), Duration::as_secs_f32);
+    let device = id.as_str();
     match change {
         Change::Suspended(o) => {
-            warn!(
-                device,
-                operation = o.what.operation,
-                cause = o.what.cause,
-                "its storage fails: its I/O is held"
-            );
+            let (operation, cause) = (known(&o.what.operation), known(&o.what.cause));
+            warn!(device, operation, cause, "its storage fails: its I/O is held");
         }
         // Nothing has changed.
-        Change::Retried(o) => {
-            debug!(device, attempts = o.attempts, cause = o.what.cause, "its storage still fails");
-        }
+        Change::Retried(o) => debug!(device, attempts = o.attempts, "its storage still fails"),
         Change::TimedOut(o, action) => {
             warn!(device, attempts = o.attempts, %action, "its storage failed for longer than the timeout");
         }
         Change::Recovered(o, lasted) => {
-            info!(
-                device,
-                attempts = o.attempts,
-                seconds = seconds(lasted),
-                "its storage works again: its I/O goes on"
-            );
+            let seconds = lasted.as_secs_f32();
+            warn!(device, attempts = o.attempts, seconds, "its storage works again: its I/O goes on");
         }
     }
 }
