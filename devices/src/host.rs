@@ -246,10 +246,10 @@ pub enum HostNeed {
     Usb(UsbNeed),
 }
 
-/// A process that opens a disk's image in QEMU's place, serves it over NBD, and retries what fails.
+/// A process that opens a disk's images in QEMU's place, serves them over NBD, and retries what fails.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IoProxy {
-    /// The socket that QEMU connects to; the export is named after the device.
+    /// The socket that QEMU connects to; the exports are named after the device.
     pub socket: String,
     /// The socket that the owner connects to.
     pub control: String,
@@ -270,6 +270,22 @@ pub struct IoProxy {
     pub discard: Discard,
     /// What it retries, and how long.
     pub retry: Retry,
+    /// The layers below the top, the uppermost first, which are only read.
+    #[serde(default)]
+    pub below: Vec<Layer>,
+}
+
+impl IoProxy {
+    /// Paths of all its images, top first.
+    pub fn images(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.image.as_str()).chain(self.below.iter().map(|layer| layer.path.as_str()))
+    }
+
+    /// Whether an image of it is a block device.
+    pub(crate) fn is_block_device(&self, path: &str) -> bool {
+        self.block_device && self.image == path
+            || self.below.iter().any(|layer| layer.block_device && layer.path == path)
+    }
 }
 
 /// A bridge of the host.

@@ -64,6 +64,11 @@ impl DeviceId {
         format!("{run_dir}/{}-io.sock", self.0)
     }
 
+    /// What a disk's proxy calls a layer: the top like the device, those below by how far below they are.
+    pub(crate) fn io_export(&self, depth: usize) -> String {
+        if depth == 0 { self.0.clone() } else { format!("{}-{depth}", self.0) }
+    }
+
     /// The socket on which a disk's proxy obeys its owner.
     pub(crate) fn io_control(&self, run_dir: &str) -> String {
         format!("{run_dir}/{}-io-control.sock", self.0)

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use devices::host::HostNeed;
+use devices::host::{HostNeed, IoProxy};
 use devices::{DeviceId, Layout, Placed};
 use serde_json::json;
 use thiserror::Error;
@@ -322,8 +322,6 @@ pub async fn end_qemu(folders: &Folders, vm: &VmName) -> Result<(), AdoptError> 
     let held = io_proxy::kill(proxies, Instant::now() + io_proxy::KILLED);
     match held.as_slice() {
         [] => Ok(()),
-        held => {
-            Err(AdoptError::Held { words: held_words(vm, held.iter().map(|proxy| proxy.image.as_str())) })
-        }
+        held => Err(AdoptError::Held { words: held_words(vm, held.iter().flat_map(IoProxy::images)) }),
     }
 }

@@ -1,6 +1,8 @@
 //! Disks behind a proxy, while a guest writes, reads and verifies a pattern on them all the time: outages, timeouts, and deaths of owner and proxy. The
 //! storage fails by a drill, in the proxy.
 
+use std::time::{Duration, Instant};
+
 use tests::qemu::{QemuVersion, images};
 use tests::storm::Storm;
 use tests::vm::finished;
@@ -15,6 +17,7 @@ on_both! {
 on_one! { 10.0:
     deaths => owners_and_proxies_that_die,
     qcow2 => images_that_grow,
+    chain => images_below,
     renamed => a_name_that_is_used_again,
 }
 
@@ -101,6 +104,37 @@ fn a_name_that_is_used_again(version: QemuVersion) {
         storm.drill(&scene, "700ms", &[]);
         storm.is_unharmed(&mut scene, engine);
         storm.detach(&mut scene);
+    }
+    scene.end();
+}
+
+/// What the guest reads of a backing file is held as well, however far below it is.
+fn images_below(version: QemuVersion) {
+    let mut scene = boot(version);
+    for (id, cache) in [("direct", "none"), ("cached", "writeback")] {
+        let base = scene.vm.raw(&format!("{id}.base"), 4, "bottom");
+        // A file that ends in the middle of a block.
+        std::fs::OpenOptions::new()
+            .append(true)
+            .open(&base)
+            .expect("it is ours")
+            .set_len((4 << 20) + 7)
+            .expect("longer");
+        let middle = scene.vm.qcow2(&format!("{id}.middle"), Err((&base, "raw")));
+        let top = scene.vm.qcow2(&format!("{id}.top"), Err((&middle, "qcow2")));
+        let wish = format!("path={top},format=qcow2,cache={cache},{PROXY},on_error.timeout=1m");
+        let storm = Storm::calm_on(&mut scene, id, &wish);
+        let read = format!("dd if={} bs=4096 count=1 iflag=direct 2>/dev/null | head -c 6", storm.name);
+        assert_eq!(scene.guest.check(&read).expect("a read"), "bottom");
+        let (fails_for, begin) = (Duration::from_millis(2500), Instant::now());
+        storm.fail_for(&scene, 2500);
+        assert_eq!(scene.guest.check(&read).expect("no error"), "bottom");
+        assert!(begin.elapsed() >= fails_for, "read after {:?}, past the proxy", begin.elapsed());
+        storm.waits_for(&scene, "ok");
+        assert_eq!(storm.count(&scene, "suspensions"), 1, "{}", storm.io(&scene));
+        // Its death is an outage that ends with it, for all layers.
+        scene.vm.kill_process(storm.proxy(&scene).expect("a proxy"));
+        assert_eq!(scene.guest.check(&read).expect("no error"), "bottom");
     }
     scene.end();
 }

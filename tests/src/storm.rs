@@ -29,7 +29,12 @@ impl Storm {
     /// Attaches it and leaves it alone: whatever uses the disk is up to the test.
     pub fn calm(scene: &mut Scene, id: &str, more: &str) -> Storm {
         let image = scene.vm.raw(&format!("{id}.img"), 4, "x");
-        Storm::attach(scene, id, &format!("path={image},{more}"));
+        Storm::calm_on(scene, id, &format!("path={image},{more}"))
+    }
+
+    /// The same on an image that `more` names by `path=`.
+    pub fn calm_on(scene: &mut Scene, id: &str, more: &str) -> Storm {
+        Storm::attach(scene, id, more);
         Storm { id: id.to_owned(), name: format!("/dev/{}", scene.disk(id)) }
     }
 

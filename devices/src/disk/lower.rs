@@ -40,7 +40,7 @@ impl DiskConfig {
             path: layer.path.clone(),
             access: access(depth),
         };
-        let proxy = storage.proxy().zip(storage.chain.first()).map(|(retry, top)| IoProxy {
+        let proxy = storage.proxy().zip(storage.chain.split_first()).map(|(retry, (top, below))| IoProxy {
             socket: id.io_socket(run_dir),
             control: id.io_control(run_dir),
             image: top.path.clone(),
@@ -51,6 +51,7 @@ impl DiskConfig {
             aio: self.aio.unwrap_or(Aio::Threads),
             discard: self.discard.unwrap_or(Discard::Ignore),
             retry: retry.clone(),
+            below: below.to_vec(),
         });
         storage.chain.iter().enumerate().map(image).chain(proxy.map(HostNeed::IoProxy)).collect()
     }
@@ -71,9 +72,8 @@ impl DiskConfig {
         let mut backends = Vec::new();
         for (depth, layer) in chain.iter().enumerate().rev() {
             let below = (depth + 1 < chain.len()).then(|| id.format_node(generation(depth + 1)));
-            let proxied = depth == 0 && storage.proxy().is_some();
-            backends.push(if proxied {
-                self.proxy_node(id, generation(depth), run_dir)
+            backends.push(if storage.proxy().is_some() {
+                self.proxy_node(id, generation(depth), depth, run_dir)
             } else {
                 let is_left = depth == 0 && storage.is_held() && !self.is_read_only();
                 self.file_node(id, layer, generation(depth), is_left)
@@ -123,12 +123,12 @@ impl DiskConfig {
     }
 
     /// In place of [`DiskConfig::file_node`]: the proxy opens the image, and QEMU speaks NBD to it.
-    fn proxy_node(&self, id: &DeviceId, generation: Generation, run_dir: &str) -> Backend {
+    fn proxy_node(&self, id: &DeviceId, generation: Generation, depth: usize, run_dir: &str) -> Backend {
         Backend::Blockdev(props(json!({
             "driver": "nbd",
             "node-name": id.file_node(generation),
             "server": {"type": "unix", "path": id.io_socket(run_dir)},
-            "export": id.as_str(),
+            "export": id.io_export(depth),
             // A proxy that died is started anew within this time.
             "reconnect-delay": 30,
             "cache": self.cache_options(),

@@ -78,7 +78,7 @@ impl Placed {
             Err(Refusal::Value { id, key, value: value.to_owned(), rule: rule.to_owned() })
         };
         if self.io_proxy().is_some() {
-            return refuse("while its image is behind an io-proxy", "stop the VM first");
+            return refuse("while its images are behind an io-proxy", "stop the VM first");
         }
         let mut placed = self.clone();
         // Two nodes a layer, the bottom first: the file, then the format.

@@ -15,7 +15,7 @@ use crate::refusal::Refusal;
 use crate::spec::{Backend, Call};
 
 impl Placed {
-    /// The proxy in front of a disk's image.
+    /// The proxy in front of a disk's images.
     pub fn io_proxy(&self) -> Option<&IoProxy> {
         self.needs.iter().find_map(|need| match need {
             HostNeed::IoProxy(proxy) => Some(proxy),
@@ -40,8 +40,8 @@ impl Placed {
             let driver = |props: &crate::spec::Props| {
                 props.get("driver").and_then(Value::as_str).unwrap_or_default().to_owned()
             };
-            let block_device = match proxied.filter(|proxy| proxy.image == *path) {
-                Some(proxy) => proxy.block_device,
+            let block_device = match proxied {
+                Some(proxy) => proxy.is_block_device(path),
                 None => driver(pair[0]) == "host_device",
             };
             let format = driver(pair[1]).parse().unwrap_or(Format::Raw);
@@ -111,8 +111,8 @@ impl Layout {
             return Err(Refusal::Value {
                 id: old.id.clone(),
                 key: "snapshot",
-                value: "while its image is behind an io-proxy".to_owned(),
-                rule: "a proxy serves one image, and the overlay would be outside of it: stop the VM first, use on_error.engine = \"hold\", or leave it \
+                value: "while its images are behind an io-proxy".to_owned(),
+                rule: "a proxy serves the images that it was started with, and the overlay would be outside of it: stop the VM first, use on_error.engine = \"hold\", or leave it \
                        out with --exclude"
                     .to_owned(),
             });

@@ -69,7 +69,7 @@ impl Placed {
     pub fn pulled_onto(&self, base: Option<&str>) -> Result<Pull, Refusal> {
         let (layers, depth) = (self.layers(), self.layers_above(base)?);
         if self.io_proxy().is_some() {
-            return self.not_pulled("while its image is behind an io-proxy", "stop the VM first");
+            return self.not_pulled("while its images are behind an io-proxy", "stop the VM first");
         }
         let Some(Backend::Blockdev(into)) = self.spec.backends.last().cloned() else {
             return self.not_pulled("of what has no image", "name a disk");

@@ -449,6 +449,9 @@ pub struct IoProxy {
     /// The image: a file or a block device
     #[arg(long)]
     pub file: PathBuf,
+    /// An image below it, only for reading, served as NAME-1; the next one as NAME-2, and so on
+    #[arg(long, value_name = "FILE")]
+    pub below: Vec<PathBuf>,
     /// Open the image only for reading
     #[arg(long)]
     pub read_only: bool,

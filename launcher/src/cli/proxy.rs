@@ -1,4 +1,4 @@
-//! `io-proxy`: one image, served by a process of its own.
+//! `io-proxy`: the images of one disk, served by a process of its own.
 
 use super::args::{Discard, IoProxy};
 use super::{Exit, Problem};
@@ -22,6 +22,7 @@ pub async fn run(args: IoProxy) -> Result<Exit, Problem> {
             write_through: args.retry_write && !args.direct,
             size: args.size.map_or(0, |size| size.as_bytes()),
         },
+        below: args.below,
         policy: Policy {
             interval: args.interval,
             timeout: args.timeout.filter(|timeout| !timeout.is_zero()),

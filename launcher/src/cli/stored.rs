@@ -65,16 +65,7 @@ pub async fn check(args: Check) -> Result<Exit, Problem> {
 /// What is allowed and yet worth a word.
 fn warnings(blueprint: &Blueprint) -> Vec<String> {
     let of = |device: &Placed| Some(format!("{}: {}", device.id, device.retry.as_ref()?.warning()?));
-    let devices = blueprint.layout.devices();
-    let below = devices.iter().filter(|device| device.io_proxy().is_some() && device.layers().len() > 1);
-    let below = below.map(|device| {
-        format!(
-            "{}: engine proxy holds the errors of its top image only, those of the images below reach the guest: `qvirt block pull` \
-             while the VM is stopped makes it one image",
-            device.id
-        )
-    });
-    let devices = devices.iter().filter_map(of).chain(below);
+    let devices = blueprint.layout.devices().iter().filter_map(of);
     blueprint.tops().chain(devices).chain(blueprint.warnings.iter().cloned()).collect()
 }
 

@@ -1,4 +1,4 @@
-//! The process that serves a disk's image in QEMU's place, from outside: started, found again, ended. What it does is in [`crate::proxy`].
+//! The process that serves a disk's images in QEMU's place, from outside: started, found again, ended. What it does is in [`crate::proxy`].
 //!
 //! It outlives its owner, as QEMU does. It inherits a lock, so the kernel tells whether it lives: from before its first instruction until its last
 //! call at the storage has returned. So there is one at most, whoever dies when.
@@ -199,7 +199,7 @@ pub fn own_timeout(retry: &Retry) -> Option<u64> {
 }
 
 fn arguments(id: &DeviceId, plan: &IoProxy) -> Vec<OsString> {
-    let IoProxy { socket, control, image, read_only, grows, direct, discard, retry, .. } = plan;
+    let IoProxy { socket, control, image, read_only, grows, direct, discard, retry, below, .. } = plan;
     let mut words = vec!["io-proxy".to_owned()];
     let interval = format!("{}ms", retry.interval.as_millis());
     let timeout = own_timeout(retry).map(|timeout| format!("{timeout}ms"));
@@ -216,6 +216,7 @@ fn arguments(id: &DeviceId, plan: &IoProxy) -> Vec<OsString> {
     for (name, value) in values {
         words.extend(value.into_iter().flat_map(|value| [name.to_owned(), value]));
     }
+    words.extend(below.iter().flat_map(|layer| ["--below".to_owned(), layer.path.clone()]));
     let flags = [
         ("--read-only", *read_only),
         ("--direct", *direct),

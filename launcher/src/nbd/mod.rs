@@ -40,8 +40,8 @@ pub use export::{Errno, Export, Extent, Features, Reply, Request};
 pub use park::{Held, Kind, Park};
 pub use wire::MAX_PAYLOAD;
 
-/// Clients at once; more wait to be accepted.
-const CLIENTS: usize = 16;
+/// Clients at once; more wait to be accepted. Each layer of a chain has one.
+const CLIENTS: usize = 256;
 
 /// How long a client may take for its handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use devices::Placed;
+use devices::host::IoProxy;
 use nix::sys::signal::Signal as Unix;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -356,7 +357,7 @@ impl Owner {
             }
             None => Vec::new(),
         };
-        let words = held_words(&self.launch.vm, held.iter().map(|proxy| proxy.image.as_str()));
+        let words = held_words(&self.launch.vm, held.iter().flat_map(IoProxy::images));
         let reboot = self.farewell.reboot.take();
         let waiting = self.farewell.waiting.drain(..).chain(reboot).map(|(_, reply)| reply);
         for reply in waiting.chain(self.farewell.killed.drain(..)) {

@@ -1,4 +1,4 @@
-//! The export in front of an image: requests go to the storage, by `aio` or in threads of their own, and those that fail wait as `retry` has it.
+//! The export in front of an image, one for each layer of a disk: requests go to the storage, by `aio` or in threads of their own, and those that fail wait as `retry` has it.
 //!
 //! ```text
 //! handle ──▶ drill? ──▶ aio ──▶ or a thread at the storage ──▶ done: answered
@@ -49,13 +49,13 @@ impl State {
     }
 }
 
-/// A disk behind the proxy.
+/// A disk behind the proxy, or a layer of it.
 #[derive(Debug)]
 pub struct Disk {
     storage: Arc<Storage>,
-    aio: Option<Aio>,
+    aio: Option<Arc<Aio>>,
     size: AtomicU64,
-    next: AtomicU64,
+    next: Arc<AtomicU64>,
     threads: Arc<Semaphore>,
     state: Arc<watch::Sender<State>>,
 }
@@ -75,11 +75,23 @@ impl Disk {
         }
         Disk {
             storage: Arc::new(storage),
-            aio: aio.ok(),
+            aio: aio.ok().map(Arc::new),
             size: AtomicU64::new(size),
-            next: AtomicU64::new(0),
+            next: Arc::default(),
             threads: Arc::new(Semaphore::new(THREADS)),
             state: Arc::new(watch::Sender::new(state)),
+        }
+    }
+
+    /// Another layer of it: whichever fails, the disk does.
+    pub fn layer(&self, storage: Storage, size: u64) -> Disk {
+        Disk {
+            storage: Arc::new(storage),
+            aio: self.aio.clone(),
+            size: AtomicU64::new(size),
+            next: self.next.clone(),
+            threads: self.threads.clone(),
+            state: self.state.clone(),
         }
     }
 

@@ -1,19 +1,19 @@
-//! `qvirt io-proxy`: an NBD server in front of one image that tries failed requests again, so that QEMU, and the guest, see no outage.
+//! `qvirt io-proxy`: an NBD server in front of a disk's images that tries failed requests again, so that QEMU, and the guest, see no outage.
 //!
 //! ```text
-//! QEMU ──NBD──▶ disk ──▶ storage (aio, threads)   disk: what is kept, when it is tried again and when given up (`retry`)
-//!                ▲
+//! QEMU ──NBD──▶ disk ──▶ storage (aio, threads)   disk: what is kept, when it is tried again and when given up (`retry`);
+//!                ▲                                one for each layer of the chain, with one state for all
 //! owner ──JSON──▶ control                       told what is kept; may hurry it, give it up, park it, or play an outage
 //! ```
 //!
-//! One process per disk, which belongs to nobody: it runs until it is told to quit, or by SIGTERM. It takes no lock on its image and starts
+//! One process per disk, which belongs to nobody: it runs until it is told to quit, or by SIGTERM. It takes no lock on its images and starts
 //! and watches nothing; that is the affair of whoever starts it.
 //!
 //! It can be killed and started again at any time: QEMU reconnects and sends again what was not answered. This also opens a device anew that
 //! was unplugged. The next one is to start when the last one has ended: until then a write of that one could still arrive, and it would remove
 //! the sockets. For the same reason an attempt that hangs in the storage is not answered before it returns, whatever people say.
 //!
-//! The control socket is there first. Until the image is open, clients wait on it; if it cannot be opened within [`OPENING`], those there are
+//! The control socket is there first. Until all images are open, clients wait on it; if one cannot be opened within [`OPENING`], those there are
 //! told `{"event": "failed", "error": "..."}`, and the process ends with status 1. The NBD socket is there before the first state is told.
 
 mod aio;
@@ -25,7 +25,7 @@ mod storage;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use thiserror::Error;
@@ -42,7 +42,7 @@ pub use retry::Policy;
 pub use storage::Options;
 use storage::Storage;
 
-/// How long the image may take to open.
+/// How long the images may take to open.
 pub const OPENING: Duration = Duration::from_secs(8);
 
 /// How long a proxy that cannot open its image waits for somebody to tell so.
@@ -65,6 +65,8 @@ pub struct Plan {
     pub name: String,
     /// The image.
     pub image: Options,
+    /// The images below it, the uppermost first.
+    pub below: Vec<PathBuf>,
     /// What to do about failures.
     pub policy: Policy,
 }
@@ -98,7 +100,7 @@ pub async fn run(plan: Plan) -> Result<(), ProxyError> {
     let listener = bind(&plan.control, 0o600)?;
     let _removed = Removed(&plan.control);
     let opened = tokio::select! {
-        opened = open(plan.image.clone()) => opened,
+        opened = open(&plan) => opened,
         _ = terminated.recv() => return Ok(()),
     };
     match opened {
@@ -113,7 +115,7 @@ pub async fn run(plan: Plan) -> Result<(), ProxyError> {
 async fn serve(
     plan: &Plan,
     listener: UnixListener,
-    (storage, size): (Storage, u64),
+    Opened { top: (storage, size), below }: Opened,
     mut terminated: Signal,
 ) -> Result<(), ProxyError> {
     let there = beside().map_err(ProxyError::Thread)?;
@@ -122,6 +124,9 @@ async fn serve(
         (Arc::new(Disk::new(storage, size, plan.policy)), Server::bind(&plan.socket)?)
     };
     server.add(&plan.name, disk.clone());
+    for (depth, (storage, size)) in (1..).zip(below) {
+        server.add(&format!("{}-{depth}", plan.name), Arc::new(disk.layer(storage, size)));
+    }
     let served = disk.clone();
     let broken = there.spawn(async move { served.run().await });
     let quit = Arc::new(Notify::new());
@@ -146,15 +151,37 @@ fn beside() -> io::Result<Handle> {
     Ok(handle)
 }
 
-/// Opens an image in a thread that nobody waits for longer than [`OPENING`].
-async fn open(image: Options) -> Result<(Storage, u64), ProxyError> {
-    let path = image.path.clone();
+/// Images that are open, with their sizes.
+struct Opened {
+    top: (Storage, u64),
+    below: Vec<(Storage, u64)>,
+}
+
+/// Opens all images, in [`OPENING`].
+async fn open(plan: &Plan) -> Result<Opened, ProxyError> {
+    let until = Instant::now() + OPENING;
+    let image = plan.image.clone();
+    let top = open_one(plan.image.path.clone(), until, move || Storage::open(image)).await?;
+    let mut below = Vec::new();
+    for path in &plan.below {
+        let (image, direct) = (path.clone(), plan.image.direct);
+        below.push(open_one(path.clone(), until, move || Storage::open_below(image, direct)).await?);
+    }
+    Ok(Opened { top, below })
+}
+
+/// Opens an image in a thread that nobody waits for longer than that.
+async fn open_one(
+    path: PathBuf,
+    until: Instant,
+    open: impl FnOnce() -> io::Result<Storage> + Send + 'static,
+) -> Result<(Storage, u64), ProxyError> {
     let opening = tokio::task::spawn_blocking(move || {
-        let storage = Storage::open(image)?;
+        let storage = open()?;
         let size = storage.size()?;
         Ok((storage, size))
     });
-    match tokio::time::timeout(OPENING, opening).await {
+    match tokio::time::timeout_at(until.into(), opening).await {
         Err(_) => Err(ProxyError::Hangs { path }),
         Ok(opened) => opened
             .unwrap_or_else(|panic| Err(panic.into()))

@@ -87,6 +87,17 @@ impl Storage {
         Ok(storage)
     }
 
+    /// Opens an image that is only read, as one below another is.
+    ///
+    /// # Errors
+    /// As [`Storage::open`]'s.
+    pub fn open_below(path: PathBuf, direct: bool) -> io::Result<Storage> {
+        // A file may end anywhere; what is behind its end reads as zeros. A device has no length here, and its own is the least.
+        let size = std::fs::metadata(&path)?.len().next_multiple_of(u64::from(PAGE));
+        let (read_only, unmap, write_through) = (true, false, false);
+        Storage::open(Options { path, read_only, direct, unmap, write_through, size })
+    }
+
     /// The image's path.
     pub fn path(&self) -> &Path {
         &self.options.path
