@@ -3,7 +3,7 @@
 //! Owns table `on_error`, the choice of the engine that retries, and what each engine wants of the device. The engines themselves are not
 //! here: `native` is QEMU's own, the others are the owner's work on this configuration.
 //!
-//! | engine | the device's policy where it retries | the top layer's file |
+//! | engine | the device's policy where it retries | the layers' files |
 //! |---|---|---|
 //! | `native` | `retry`, with interval and timeout | opened by QEMU |
 //! | `hold`, `pause` | `stop`: failed requests wait in the device | opened by QEMU |

@@ -146,3 +146,20 @@ fn status_tells_it_and_a_vm_to_migrate_into_is_compared_with_it() {
     );
     vm.end();
 }
+
+/// What a proxy retries it knows by its own requests, not by the guest's.
+#[test]
+fn check_warns_of_writes_that_have_to_read() {
+    let tables = |read: &str| {
+        format!(
+            "[[disk]]\nid = \"q\"\npath = \"q.qcow2\"\nformat = \"qcow2\"\non_error = {{ {read}write = \"retry\", engine = \"proxy\" }}\n"
+        )
+    };
+    for (read, warns) in [("", true), ("read = \"retry\", ", false)] {
+        let vm = bare(&tables(read));
+        vm.qcow2("q.qcow2", Ok(4));
+        let checked = vm.expect(0, &["check", &file(&vm)]);
+        let why = "warning: q: on_error.write = \"retry\" by engine proxy does not hold a write for which the qcow2 image has to be read";
+        assert_eq!(checked.stderr.contains(why), warns, "{checked}");
+    }
+}

@@ -16,6 +16,9 @@ use tests::vm::AGENT_CHANNEL;
 /// How long `qvirt` may take to answer while storage hangs.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
+/// An owner looks at its disks some times in so long.
+const LOOKS: Duration = Duration::from_secs(4);
+
 /// What a disk stands on.
 enum Storage {
     Near(FaultyDisk),
@@ -148,6 +151,8 @@ fn hangs_in_use(disk: &mut Hanging) {
         assert_eq!(disk.io()["state"], "hung", "the next owner knows at once");
         // Whoever follows events finds the next owner a moment later, and must not miss the end.
         disk.scene.vm.wait_for("the follower", || disk.events("QVIRT_OWNER_BACK") == 1);
+        std::thread::sleep(LOOKS);
+        assert_eq!(disk.io()["state"], "hung", "and does not forget it");
         disk.behaves(Behaviour::Works);
         disk.is("ok");
         disk.goes_on("after the hang");
@@ -253,6 +258,20 @@ mod soak {
             let more = "bus=virtio-blk,on_error.engine=proxy";
             let mut disk = Hanging::begin(QemuVersion::V10_0, "frozen", storage, more);
             hangs_in_use(&mut disk);
+            step("reads are done while writes hang", || {
+                disk.behaves(Behaviour::Stalls);
+                disk.is_seen_to_hang();
+                let read = format!("dd if={} of=/dev/null bs=4096 count=1 skip=9 iflag=direct", disk.name);
+                for _ in 0..4 {
+                    disk.scene.guest.check(&read).expect("a read");
+                    std::thread::sleep(LOOKS / 2);
+                    assert_eq!(disk.io()["state"], "hung");
+                }
+                disk.behaves(Behaviour::Works);
+                disk.is("ok");
+                disk.goes_on("after reads");
+            });
+            assert_eq!((disk.events("QVIRT_IO_HUNG"), disk.events("QVIRT_IO_ANSWERS")), (2, 2));
             disk.end();
         });
     }

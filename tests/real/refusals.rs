@@ -18,6 +18,7 @@ on_both! {
 
 on_one! { 7.2:
     resets => a_reset_in_an_outage,
+    paused => a_reset_of_a_paused_vm,
 }
 
 on_one! { 10.0:
@@ -58,7 +59,7 @@ fn while_a_disk_is_suspended(version: QemuVersion) {
     // What others have is not refused.
     scene.vm.ok(&["attach", "guest", "--nic", "user=true,id=net"]);
 
-    // It ends what is held: the guest boots anew while the storage still fails.
+    // It ends what is held, and the guest boots anew.
     assert_eq!(scene.vm.device("data")["io"]["state"], "suspended");
     scene.vm.ok(&["reset", "guest"]);
     scene.guest = scene.vm.guest();
@@ -75,24 +76,46 @@ fn while_a_disk_is_suspended(version: QemuVersion) {
     scene.vm.nothing_left();
 }
 
-/// It clears the requests of a disk that is not booted from, and the VM runs, whoever keeps them.
+/// It clears the requests of a disk that is not booted from, and the guest boots while the storage still fails: up to where it looks for partitions.
 fn a_reset_in_an_outage(version: QemuVersion) {
+    for (engine, bus) in [("hold", "virtio-scsi"), ("proxy", "virtio-blk")] {
+        let mut scene = crate::suspension::boot(version);
+        let storm = Storm::calm(&mut scene, "disk", &format!("bus={bus},on_error.engine={engine}"));
+        storm.fail_for(&scene, 600_000);
+        let write =
+            format!("dd if=/dev/zero of={} bs=4096 count=1 oflag=direct >/dev/null 2>&1 &", storm.name);
+        scene.guest.check(&write).expect("it begins");
+        let fails_at = |operation: &str| {
+            let is_it = || storm.io(&scene)["outage"]["operation"] == operation;
+            scene.vm.wait_for(&format!("a {operation} to be held"), is_it);
+        };
+        fails_at("write");
+        scene.vm.ok(&["reset", "guest"]);
+        fails_at("read");
+        assert_eq!(
+            (scene.vm.status()["state"].clone(), storm.io(&scene)["drilled"].clone()),
+            (json!("running"), json!(true))
+        );
+        scene.vm.ok(&["kill", "guest"]);
+        scene.vm.nothing_left();
+    }
+}
+
+/// With engine `pause` the VM stands still for the first request that its guest makes anew, until the storage works.
+fn a_reset_of_a_paused_vm(version: QemuVersion) {
     let mut scene = crate::suspension::boot(version);
-    for engine in ["proxy", "pause"] {
-        for bus in ["virtio-blk", "virtio-scsi"] {
-            let id = format!("{engine}-{}", &bus["virtio-".len()..]);
-            let storm = Storm::begin(&mut scene, &id, &format!("bus={bus},on_error.engine={engine}"));
-            storm.fail_for(&scene, 6000);
-            storm.waits_for(&scene, "suspended");
-            scene.vm.ok(&["reset", "guest"]);
-            scene.guest = scene.vm.guest();
-            scene.guest.wait_ready(BOOT).expect("the guest boots again");
-            storm.waits_for(&scene, "ok");
-            assert_eq!(scene.vm.status()["state"], "running");
-            let storm = Storm::of_disk(&mut scene, &id);
-            storm.is_unharmed(&mut scene, "after a reset");
-            storm.detach(&mut scene);
-        }
+    for (id, bus) in [("blk", "virtio-blk"), ("lun", "virtio-scsi")] {
+        let storm = Storm::begin(&mut scene, id, &format!("bus={bus},on_error.engine=pause"));
+        storm.fail_for(&scene, 6000);
+        storm.waits_for(&scene, "suspended");
+        scene.vm.ok(&["reset", "guest"]);
+        scene.guest = scene.vm.guest();
+        scene.guest.wait_ready(BOOT).expect("the guest boots again");
+        storm.waits_for(&scene, "ok");
+        assert_eq!(scene.vm.status()["state"], "running");
+        let storm = Storm::of_disk(&mut scene, id);
+        storm.is_unharmed(&mut scene, "after a reset");
+        storm.detach(&mut scene);
     }
     scene.end();
 }

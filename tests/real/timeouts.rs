@@ -92,14 +92,22 @@ pub fn times_out(scene: &mut Scene, case: &Case) {
     let id = format!("{}-{}", &case.bus["virtio-".len()..], case.act);
     let people = Follower::start(&scene.vm, &format!("{id}.txt"), &[]);
     let storm = Storm::begin(scene, &id, &format!("{case},on_error.timeout={TIMEOUT_MS}ms"));
+    let (event, action) = ("QVIRT_IO_TIMED_OUT", format!("action={}", case.act));
+    let told = || people.lines(&[event, &format!("device={id} "), &action]);
     if case.act == "unplug" {
         let said = storm.drill(scene, "60s", &[]);
         assert!(said.contains("the disk was unplugged, as its at_timeout says"), "{said}");
     } else {
-        storm.fail_for(scene, FAILS_FOR_MS);
+        // A guest that is slow may not use its disk in so short a time.
+        for _ in 0..3 {
+            storm.fail_for(scene, FAILS_FOR_MS);
+            let is_over = || !told().is_empty() || storm.io(scene)["drilled"] == false;
+            scene.vm.wait_for("the timeout, or the end", is_over);
+            if !told().is_empty() {
+                break;
+            }
+        }
     }
-    let (event, action) = ("QVIRT_IO_TIMED_OUT", format!("action={}", case.act));
-    let told = || people.lines(&[event, &format!("device={id} "), &action]);
     scene.vm.wait_for("the timeout to be told", || !told().is_empty());
     is_in_time(&told()[0]);
     match case.act {
@@ -136,10 +144,10 @@ fn reported(scene: &mut Scene, storm: Storm) {
 }
 
 fn still_held(scene: &mut Scene, storm: Storm) {
-    assert_eq!(storm.io(scene)["state"], "timed-out");
     lives(scene);
     storm.waits_for(scene, "ok");
     storm.is_unharmed(scene, "after a timeout that holds");
+    assert_eq!(storm.count(scene, "timeouts"), 1);
     storm.detach(scene);
 }
 

@@ -40,10 +40,8 @@ impl Placed {
             let driver = |props: &crate::spec::Props| {
                 props.get("driver").and_then(Value::as_str).unwrap_or_default().to_owned()
             };
-            let block_device = match proxied {
-                Some(proxy) => proxy.is_block_device(path),
-                None => driver(pair[0]) == "host_device",
-            };
+            let is_device = |proxy: &IoProxy| proxy.is_block_device(path);
+            let block_device = driver(pair[0]) == "host_device" || proxied.is_some_and(is_device);
             let format = driver(pair[1]).parse().unwrap_or(Format::Raw);
             Layer { path: path.clone(), format, block_device }
         };

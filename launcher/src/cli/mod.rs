@@ -2,7 +2,7 @@
 //!
 //! Commands on a running VM are clients of its control socket, like any other QMP client. `args` has the words, `run` owns a VM,
 //! `live` asks owners, `stored` keeps configs, `host` asks this machine, `vdpa` its vDPA devices, `plug` does attach and detach on either, `proxy`
-//! serves one image, `snapshot` and `blocks` have the chains of images.
+//! serves a disk's images, `snapshot` and `blocks` have the chains of images.
 
 mod args;
 mod block;

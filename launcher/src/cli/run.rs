@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use devices::host::IoProxy;
 use devices::{DeviceConfig, Placed};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -225,7 +226,7 @@ async fn proxies_end(vm: &VmName, devices: &[Placed]) -> Result<(), Problem> {
             return Ok(());
         }
         if !std::mem::replace(&mut is_told, true) {
-            warn!("{}", held_words(vm, held.iter().map(|proxy| proxy.image.as_str())));
+            warn!("{}", held_words(vm, held.iter().flat_map(IoProxy::images)));
         }
         tokio::select! {
             () = tokio::time::sleep(Duration::from_secs(1)) => {}

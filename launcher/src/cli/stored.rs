@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use devices::Placed;
+use devices::host::Format;
+use devices::retry::Engine;
 use devices::spec::Numbers;
 use serde_json::json;
 
@@ -65,8 +67,21 @@ pub async fn check(args: Check) -> Result<Exit, Problem> {
 /// What is allowed and yet worth a word.
 fn warnings(blueprint: &Blueprint) -> Vec<String> {
     let of = |device: &Placed| Some(format!("{}: {}", device.id, device.retry.as_ref()?.warning()?));
-    let devices = blueprint.layout.devices().iter().filter_map(of);
+    let devices = blueprint.layout.devices();
+    let devices = devices.iter().filter_map(of).chain(devices.iter().filter_map(unheld_reads));
     blueprint.tops().chain(devices).chain(blueprint.warnings.iter().cloned()).collect()
+}
+
+/// A proxy sees what qcow2 reads for a write of the guest as a read.
+fn unheld_reads(device: &Placed) -> Option<String> {
+    let retry = device.retry.as_ref().filter(|retry| retry.engine == Engine::Proxy && !retry.read)?;
+    let is_qcow2 = device.layers().first().is_some_and(|top| top.format == Format::Qcow2);
+    is_qcow2.then(|| {
+        format!(
+            "{}: on_error.write = \"retry\" by engine {} does not hold a write for which the qcow2 image has to be read and cannot: write read = \"retry\" too",
+            device.id, retry.engine
+        )
+    })
 }
 
 /// Refuses a VM that is to be migrated into and would treat I/O errors in another way than its source.

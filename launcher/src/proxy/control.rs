@@ -30,13 +30,16 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
+use super::LEAST_INTERVAL;
 use super::disk::{Disk, State};
-use super::retry::{Moment, PerKind};
-use super::{LEAST_INTERVAL, LONG};
+use super::retry::{Moment, Outage, PerKind};
 use crate::nbd::Export;
 
 /// Between two states.
 const PACE: Duration = Duration::from_millis(100);
+
+/// From when on a call at the storage is worth telling.
+const LONG: Duration = Duration::from_secs(1);
 
 /// How long the storage may take to tell its size.
 const SIZE: Duration = Duration::from_secs(10);
@@ -143,6 +146,8 @@ async fn talk(stream: &UnixStream, disk: &Disk, quit: &Notify) -> Result<(), Wir
                 states.mark_unchanged();
                 quiet_until = tokio::time::Instant::now() + PACE;
                 writer.push(event(disk), Vec::new());
+                // It may tell of a call that takes long: then its end is to be told as well.
+                told_long = true;
             }
             _ = seconds.tick(), if idle => {
                 let long = disk.watch().borrow().running().1.is_some_and(|since| since.elapsed() >= LONG);
@@ -245,7 +250,7 @@ fn view(disk: &Disk) -> Value {
         "operation": outage.map(|outage| outage.kind),
         "errno": outage.map(|outage| outage.errno),
         "error": error,
-        "timed_out": outage.is_some_and(|outage| outage.timed_out),
+        "timed_out": outage.is_some_and(Outage::timed_out),
         "parked": state.retry.parked(),
         "outages": counts.outages,
         "timeouts": counts.timeouts,

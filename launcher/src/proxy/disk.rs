@@ -45,7 +45,8 @@ pub struct State {
 impl State {
     /// How many calls are at the storage, and since when the oldest is.
     pub fn running(&self) -> (usize, Option<Instant>) {
-        (self.running.len(), self.running.values().next().copied())
+        // Not the first: that one's attempt may be younger than it.
+        (self.running.len(), self.running.values().min().copied())
     }
 }
 
@@ -53,7 +54,9 @@ impl State {
 #[derive(Debug)]
 pub struct Disk {
     storage: Arc<Storage>,
-    aio: Option<Arc<Aio>>,
+    /// How far below the top it is.
+    depth: usize,
+    aio: Option<Aio>,
     size: AtomicU64,
     next: Arc<AtomicU64>,
     threads: Arc<Semaphore>,
@@ -69,13 +72,10 @@ impl Disk {
             running: BTreeMap::new(),
             waiting: 0,
         };
-        let aio = Aio::new();
-        if let Err(error) = &aio {
-            info!(%error, "no asynchronous I/O here: every request gets a thread");
-        }
         Disk {
             storage: Arc::new(storage),
-            aio: aio.ok().map(Arc::new),
+            depth: 0,
+            aio: aio(),
             size: AtomicU64::new(size),
             next: Arc::default(),
             threads: Arc::new(Semaphore::new(THREADS)),
@@ -83,11 +83,12 @@ impl Disk {
         }
     }
 
-    /// Another layer of it: whichever fails, the disk does.
-    pub fn layer(&self, storage: Storage, size: u64) -> Disk {
+    /// Another layer of it, so far below: whichever fails, the disk does. What one file system cannot do the other's may, so it has I/O of its own.
+    pub fn layer(&self, depth: usize, storage: Storage, size: u64) -> Disk {
         Disk {
             storage: Arc::new(storage),
-            aio: self.aio.clone(),
+            depth,
+            aio: aio(),
             size: AtomicU64::new(size),
             next: self.next.clone(),
             threads: self.threads.clone(),
@@ -181,7 +182,7 @@ impl Disk {
         let mut outcome = Ok(());
         self.state.send_modify(|state| {
             let before = state.retry.outage().is_some();
-            outcome = state.retry.failed(id, kind, error, Moment::now());
+            outcome = state.retry.failed(id, self.depth, kind, error, Moment::now());
             if !before && state.retry.outage().is_some() {
                 warn!(?kind, %error, image = %self.storage.path().display(), "the storage fails: requests are kept and tried again");
             }
@@ -206,13 +207,21 @@ impl Disk {
     fn succeeded(&self, id: u64) {
         self.state.send_if_modified(|state| {
             let before = state.retry.outage().is_some();
-            let changed = state.retry.succeeded(id);
+            let changed = state.retry.succeeded(id, self.depth);
             if before && state.retry.outage().is_none() {
                 info!(image = %self.storage.path().display(), "the storage works again, and nothing is kept any more");
             }
             changed
         });
     }
+}
+
+fn aio() -> Option<Aio> {
+    let aio = Aio::new();
+    if let Err(error) = &aio {
+        info!(%error, "no asynchronous I/O here: every request gets a thread");
+    }
+    aio.ok()
 }
 
 impl Export for Disk {

@@ -34,6 +34,7 @@ use tokio::net::UnixListener;
 use tokio::runtime::{Builder, Handle};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 
 use crate::control::{ControlError, bind};
 use crate::nbd::{Server, ServerError};
@@ -50,9 +51,6 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// The shortest time between two attempts.
 pub const LEAST_INTERVAL: Duration = Duration::from_millis(100);
-
-/// From when on a call at the storage is worth telling.
-pub const LONG: Duration = Duration::from_secs(1);
 
 /// What a proxy is to do.
 #[derive(Clone, Debug)]
@@ -123,19 +121,24 @@ async fn serve(
         let _there = there.enter();
         (Arc::new(Disk::new(storage, size, plan.policy)), Server::bind(&plan.socket)?)
     };
-    server.add(&plan.name, disk.clone());
+    let mut layers = vec![(plan.name.clone(), disk.clone())];
     for (depth, (storage, size)) in (1..).zip(below) {
-        server.add(&format!("{}-{depth}", plan.name), Arc::new(disk.layer(storage, size)));
+        let _there = there.enter();
+        layers.push((format!("{}-{depth}", plan.name), Arc::new(disk.layer(depth, storage, size))));
     }
-    let served = disk.clone();
-    let broken = there.spawn(async move { served.run().await });
+    let mut serving = JoinSet::new();
+    for (name, layer) in layers {
+        server.add(&name, layer.clone());
+        serving.spawn_on(async move { layer.run().await }, &there);
+    }
     let quit = Arc::new(Notify::new());
     tokio::select! {
         () = control::serve(listener, disk.clone(), quit.clone()) => {}
         () = disk.tick() => {}
         () = quit.notified() => {}
         _ = terminated.recv() => {}
-        _ = broken => {}
+        // One that is broken.
+        _ = serving.join_next() => {}
     }
     Ok(())
 }

@@ -9,7 +9,8 @@
 //! ```
 //!
 //! A success ends the outage, but not the wait of the others that are kept: they are tried at their interval, and the next failure begins
-//! another outage. So one bad sector among good ones never times out, and is not tried more often for it.
+//! another outage. So one bad sector among good ones never times out, and is not tried more often for it. Layers may be on storage of their own: each has
+//! its clock, which a success of another layer does not touch, and times out for itself. For people the disk fails as long as any layer does.
 //!
 //! Reads and writes are retried or not apart; a flush counts as a write. A failure of a kind that is not retried is answered at once with
 //! the error it has. Parked, everything kept and every failure that would be is answered ENOSPC: with the policy `enospc` the device then
@@ -121,9 +122,23 @@ pub struct Outage {
     /// What failed last, and how.
     pub kind: Kind,
     pub errno: i32,
-    pub timed_out: bool,
-    /// The first failure since the last success: what the timeout counts from.
-    clock: Option<Instant>,
+    /// Of each layer that fails.
+    clocks: BTreeMap<usize, Clock>,
+}
+
+impl Outage {
+    /// Whether any layer has timed out.
+    pub fn timed_out(&self) -> bool {
+        self.clocks.values().any(|clock| clock.timed_out)
+    }
+}
+
+/// How long a layer has failed.
+#[derive(Clone, Copy, Debug)]
+struct Clock {
+    /// The first failure since its last success: what the timeout counts from.
+    since: Instant,
+    timed_out: bool,
 }
 
 /// What becomes of a request that failed.
@@ -138,6 +153,7 @@ pub enum Decision {
 #[derive(Debug)]
 struct Kept {
     kind: Kind,
+    layer: usize,
     state: KeptState,
 }
 
@@ -219,37 +235,44 @@ impl Retry {
         self.parked
     }
 
-    /// A request succeeded. Returns whether that changes anything.
-    pub fn succeeded(&mut self, id: u64) -> bool {
+    /// A request to a layer succeeded. Returns whether that changes anything.
+    pub fn succeeded(&mut self, id: u64, layer: usize) -> bool {
         self.kept.remove(&id);
         let was_heir = self.inherited.take().is_some();
         let Some(outage) = &mut self.outage else { return was_heir };
-        outage.clock = None;
-        outage.timed_out = false;
+        outage.clocks.remove(&layer);
         self.settle();
         true
     }
 
-    /// A request failed. The error if it is to be answered now; otherwise it is kept until [`Retry::decision`] has one.
-    pub fn failed(&mut self, id: u64, kind: Kind, error: &io::Error, now: Moment) -> Result<(), Errno> {
+    /// A request to a layer failed. The error if it is to be answered now; otherwise it is kept until [`Retry::decision`] has one.
+    pub fn failed(
+        &mut self,
+        id: u64,
+        layer: usize,
+        kind: Kind,
+        error: &io::Error,
+        now: Moment,
+    ) -> Result<(), Errno> {
         if !self.policy.retries(kind) {
             return Err(Errno::from(error));
         }
         let errno = error.raw_os_error().unwrap_or(libc::EIO);
         let since = self.inherited.take().unwrap_or(now);
-        let first = Outage { since, attempts: 0, kind, errno, timed_out: false, clock: None };
+        let first = Outage { since, attempts: 0, kind, errno, clocks: BTreeMap::new() };
         self.counts.outages += u64::from(self.outage.is_none());
         let outage = self.outage.get_or_insert(first);
         outage.attempts += 1;
         (outage.kind, outage.errno) = (kind, errno);
-        outage.clock.get_or_insert(since.at);
+        outage.clocks.entry(layer).or_insert(Clock { since: since.at, timed_out: false });
         self.expire(now.at);
-        let timed_out = self.outage.as_ref().is_some_and(|outage| outage.timed_out);
+        let clock = self.outage.as_ref().and_then(|outage| outage.clocks.get(&layer));
+        let timed_out = clock.is_some_and(|clock| clock.timed_out);
         if self.parked || timed_out {
             self.kept.remove(&id);
             return Err(if self.parked { Errno::NoSpace } else { Errno::Io });
         }
-        self.kept.insert(id, Kept { kind, state: KeptState::Waiting });
+        self.kept.insert(id, Kept { kind, layer, state: KeptState::Waiting });
         self.next.get_or_insert(now.at + self.policy.interval);
         Ok(())
     }
@@ -287,26 +310,26 @@ impl Retry {
         let expired = self.expire(now);
         let due = self.next.is_some_and(|next| now >= next);
         if due {
-            self.decide(Decision::Again);
+            self.decide(Decision::Again, |_| true);
         }
         due || expired
     }
 
     /// Tries everything again now.
     pub fn try_now(&mut self) {
-        self.decide(Decision::Again);
+        self.decide(Decision::Again, |_| true);
     }
 
     /// Answers EIO to everything kept; what fails later is kept again.
     pub fn fail_now(&mut self) {
-        self.decide(Decision::Answer(Errno::Io));
+        self.decide(Decision::Answer(Errno::Io), |_| true);
     }
 
     /// Answers ENOSPC to everything kept and, until told otherwise, to what fails.
     pub fn park(&mut self, parked: bool) {
         self.parked = parked;
         if parked {
-            self.decide(Decision::Answer(Errno::NoSpace));
+            self.decide(Decision::Answer(Errno::NoSpace), |_| true);
         }
     }
 
@@ -314,9 +337,9 @@ impl Retry {
     pub fn set(&mut self, interval: Duration, timeout: Option<Duration>, now: Instant) {
         (self.policy.interval, self.policy.timeout) = (interval, timeout);
         self.next = self.next.map(|next| next.min(now + interval));
-        let over = self.end().is_some_and(|end| now >= end);
-        if let Some(outage) = &mut self.outage {
-            outage.timed_out &= over;
+        for clock in self.outage.iter_mut().flat_map(|outage| outage.clocks.values_mut()) {
+            clock.timed_out &=
+                timeout.is_some_and(|timeout| clock.since.checked_add(timeout).is_some_and(|end| now >= end));
         }
         self.expire(now);
     }
@@ -326,38 +349,49 @@ impl Retry {
         (self.policy.interval, self.policy.timeout)
     }
 
-    /// When the timeout is over.
-    fn end(&self) -> Option<Instant> {
-        self.outage.as_ref()?.clock?.checked_add(self.policy.timeout?)
-    }
-
-    /// The same, until it was acted upon.
+    /// When the next timeout is over that was not acted upon.
     fn deadline(&self) -> Option<Instant> {
-        self.end().filter(|_| self.outage.as_ref().is_some_and(|outage| !outage.timed_out))
+        let clocks = self.outage.as_ref()?.clocks.values();
+        let since = clocks.filter(|clock| !clock.timed_out).map(|clock| clock.since).min()?;
+        since.checked_add(self.policy.timeout?)
     }
 
     fn expire(&mut self, now: Instant) -> bool {
         let expired = self.deadline().is_some_and(|deadline| now >= deadline);
-        if expired {
-            self.outage.iter_mut().for_each(|outage| outage.timed_out = true);
+        if let Some((outage, timeout)) = self.outage.as_mut().zip(self.policy.timeout).filter(|_| expired) {
+            let clocks = outage.clocks.iter_mut();
+            let late =
+                clocks.filter(|(_, clock)| clock.since.checked_add(timeout).is_some_and(|end| now >= end));
+            let late: Vec<usize> = late
+                .map(|(layer, clock)| {
+                    clock.timed_out = true;
+                    *layer
+                })
+                .collect();
             self.counts.timeouts += 1;
-            self.decide(Decision::Answer(Errno::Io));
+            self.decide(Decision::Answer(Errno::Io), |layer| late.contains(&layer));
         }
         expired
     }
 
-    fn decide(&mut self, decision: Decision) {
-        self.next = None;
+    /// Decides what becomes of those that wait for a layer of these.
+    fn decide(&mut self, decision: Decision, concerns: impl Fn(usize) -> bool) {
+        let mut left = false;
         for kept in self.kept.values_mut().filter(|kept| kept.state == KeptState::Waiting) {
-            kept.state = KeptState::Decided(decision);
+            if concerns(kept.layer) {
+                kept.state = KeptState::Decided(decision);
+            } else {
+                left = true;
+            }
         }
+        self.next = self.next.filter(|_| left);
     }
 
     /// An outage is over when something succeeded and nothing is kept any more.
     fn settle(&mut self) {
         if self.kept.is_empty() {
             self.next = None;
-            self.outage.take_if(|outage| outage.clock.is_none());
+            self.outage.take_if(|outage| outage.clocks.is_empty());
         }
     }
 }

@@ -20,8 +20,8 @@ pub const LIMIT: Duration = Duration::from_secs(5);
 pub struct Sight {
     /// Rises with every request that was done, or has failed.
     pub progress: u64,
-    /// Whether a request is outstanding.
-    pub is_busy: bool,
+    /// For how long at least a request has been outstanding, if one is.
+    pub busy_for: Option<Duration>,
     /// How long it may take.
     pub limit: Duration,
 }
@@ -66,11 +66,11 @@ impl Detector {
     pub fn sees(&mut self, sight: Sight, now: Uptime) -> Option<Turn> {
         let moved = !self.is_still(sight.progress);
         self.progress = Some(sight.progress);
-        if moved || !sight.is_busy {
+        let Some(busy_for) = sight.busy_for.filter(|_| !moved) else {
             let since = self.since.take();
             return std::mem::take(&mut self.hangs).then(|| Turn::Ended(now.since(since.unwrap_or(now))));
-        }
-        let since = *self.since.get_or_insert(now);
+        };
+        let since = *self.since.get_or_insert(now.before(busy_for));
         if self.hangs || now.since(since) <= sight.limit {
             return None;
         }
@@ -135,7 +135,7 @@ mod tests {
     }
 
     fn sight(progress: u64, is_busy: bool) -> Sight {
-        Sight { progress, is_busy, limit: LIMIT }
+        Sight { progress, busy_for: is_busy.then_some(Duration::ZERO), limit: LIMIT }
     }
 
     #[test]
@@ -172,6 +172,15 @@ mod tests {
             Some(Turn::Ended(Duration::from_secs(10))),
             "reset"
         );
+    }
+
+    #[test]
+    fn one_whose_request_is_known_to_be_old_does_at_once() {
+        let mut disk = Detector::default();
+        let old = Sight { busy_for: Some(LIMIT + Duration::from_millis(1)), ..sight(0, true) };
+        assert_eq!(disk.sees(old, at(0)), None, "the first look");
+        assert_eq!(disk.sees(old, at(1)), Some(Turn::Began));
+        assert!(matches!(disk.sees(sight(0, false), at(9)), Some(Turn::Ended(lasted)) if lasted > LIMIT));
     }
 
     #[test]

@@ -66,9 +66,9 @@ impl State {
         self.held.read + self.held.write + self.held.flush
     }
 
-    /// Whether a call at the storage takes long.
-    pub fn is_waiting(&self) -> bool {
-        self.oldest_outstanding_ms.is_some_and(|ms| Duration::from_millis(ms) >= crate::proxy::LONG)
+    /// How long the oldest call at the storage has taken.
+    pub fn waits(&self) -> Duration {
+        self.oldest_outstanding_ms.map_or(Duration::ZERO, Duration::from_millis)
     }
 
     /// Whether a drill is under way.

@@ -1,6 +1,7 @@
 //! Disks whose storage hangs: seen on the owner's tick, and from then on nothing is done that drains, which would freeze QEMU for as long.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use devices::retry::Engine;
 use devices::{DeviceId, Placed};
@@ -47,19 +48,23 @@ pub(in crate::owner) enum HangNews {
 }
 
 impl Disk {
-    /// What counts as progress: an attempt that fails is an answer, too.
+    /// What counts as progress: an attempt that fails is an answer, too. A proxy knows each request for itself: that others are done is none for one that
+    /// is not.
     fn progress(&self) -> u64 {
+        if self.io.retry.engine == Engine::Proxy {
+            return 0;
+        }
         let counters = self.io.counters;
         self.done + counters.suspensions + counters.retries
     }
 
-    /// Whether its proxy waits for the storage; what it keeps while that fails is not there. `None` without a proxy that could tell.
-    fn proxy_waits(&self) -> Option<bool> {
-        Some(self.proxy.as_ref()?.seen.as_ref()?.is_waiting())
+    /// How long the oldest request of its proxy has been at the storage, where what is kept is not. `None` while there is no proxy that could tell.
+    fn proxy_waits(&self) -> Option<Duration> {
+        Some(self.proxy.as_ref()?.seen.as_ref()?.waits())
     }
 
     /// QEMU's own attempts come at their interval: in between, their requests wait and do not hang.
-    fn limit(&self) -> std::time::Duration {
+    fn limit(&self) -> Duration {
         let is_native = self.io.retry.engine == Engine::Native && self.io.outage.is_some();
         if is_native { LIMIT + self.io.retry.interval.duration() } else { LIMIT }
     }
@@ -88,9 +93,8 @@ impl Owner {
             let hung = self.io.disks.iter().filter(|(_, disk)| disk.hang.hangs());
             for id in hung.map(|(id, _)| id.clone()).collect::<Vec<_>>() {
                 // Its requests wait in the device now, whatever its storage does: only that itself can tell, or a proxy.
-                let waits = self.io.disks.get(&id).and_then(Disk::proxy_waits);
-                if waits.is_some() || !self.ask_storage(&id) {
-                    self.judge_hang(&id, waits == Some(true));
+                if !self.judge_by_proxy(&id) && !self.ask_storage(&id) {
+                    self.judge_hang(&id, None);
                 }
             }
             return;
@@ -143,24 +147,36 @@ impl Owner {
         let is_blk = self.is_blk(id);
         let Some(disk) = self.io.disks.get_mut(id) else { return };
         disk.done = done;
+        if self.judge_by_proxy(id) {
+            return;
+        }
+        let Some(disk) = self.io.disks.get(id) else { return };
         let is_home = Seat::of_node(&node).is_none();
         let is_suspect = is_home && disk.hang.is_still(disk.progress()) && has_requests != Some(false);
-        let waits = match disk.io.retry.engine {
-            Engine::Proxy => disk.proxy_waits(),
-            // The queues of a SCSI disk are those of all disks of its controller.
-            _ => has_requests.filter(|_| is_blk),
-        };
-        if is_suspect && waits.is_none() {
+        // The queues of a SCSI disk are those of all disks of its controller: its own storage has to be asked.
+        let waits = is_suspect && is_blk && has_requests == Some(true);
+        if is_suspect && !waits {
             self.ask_storage(id);
         }
         let Some(disk) = self.io.disks.get(id) else { return };
-        let is_busy = disk.probe == Probe::Asked || is_suspect && waits == Some(true);
-        self.judge_hang(id, is_busy);
+        let is_busy = disk.probe == Probe::Asked || waits;
+        self.judge_hang(id, is_busy.then_some(Duration::ZERO));
     }
 
-    fn judge_hang(&mut self, id: &DeviceId, is_busy: bool) {
+    /// Whether a disk has a proxy, which alone can judge: it knows its requests. While there is none to ask, what was known stands.
+    fn judge_by_proxy(&mut self, id: &DeviceId) -> bool {
+        let Some(disk) = self.io.disks.get(id) else { return true };
+        let (has_proxy, waits) = (disk.io.retry.engine == Engine::Proxy, disk.proxy_waits());
+        if let Some(age) = waits {
+            self.judge_hang(id, Some(age).filter(|age| *age > LIMIT));
+        }
+        has_proxy
+    }
+
+    /// `busy_for`: for how long at least a request has been outstanding, if one is.
+    fn judge_hang(&mut self, id: &DeviceId, busy_for: Option<Duration>) {
         let Some(disk) = self.io.disks.get_mut(id) else { return };
-        let sight = Sight { progress: disk.progress(), is_busy, limit: disk.limit() };
+        let sight = Sight { progress: disk.progress(), busy_for, limit: disk.limit() };
         match disk.hang.sees(sight, Uptime::now()) {
             None => return,
             Some(Turn::Began) => {
@@ -211,7 +227,7 @@ impl Owner {
         let Some(disk) = self.io.disks.get_mut(id) else { return };
         disk.probe = Probe::None;
         let is_waited_for = disk.parked && disk.io.is_due(Uptime::now());
-        self.judge_hang(id, false);
+        self.judge_hang(id, None);
         let Some(disk) = self.io.disks.get_mut(id).filter(|_| is_waited_for) else { return };
         match answer {
             Answer::Fine => disk.probe = Probe::Passed,

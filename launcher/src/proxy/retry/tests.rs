@@ -21,8 +21,12 @@ impl Scene {
     }
 
     fn fail(&mut self, id: u64) -> Result<(), Errno> {
+        self.fail_in(0, id)
+    }
+
+    fn fail_in(&mut self, layer: usize, id: u64) -> Result<(), Errno> {
         let now = Moment { at: self.at(self.now), unix_ms: self.now };
-        self.retry.failed(id, Kind::Write, &io::Error::from_raw_os_error(libc::EIO), now)
+        self.retry.failed(id, layer, Kind::Write, &io::Error::from_raw_os_error(libc::EIO), now)
     }
 
     /// Moves the clock to when the machine wants to be woken; when that is.
@@ -41,7 +45,7 @@ impl Scene {
 #[test]
 fn what_failed_is_tried_every_interval_until_it_succeeds() {
     let mut scene = scene(0);
-    assert!(!scene.retry.succeeded(0), "nothing new");
+    assert!(!scene.retry.succeeded(0, 0), "nothing new");
     assert_eq!(scene.fail(1), Ok(()));
     scene.now = 30;
     assert_eq!(scene.fail(2), Ok(()));
@@ -57,9 +61,9 @@ fn what_failed_is_tried_every_interval_until_it_succeeds() {
     assert_eq!((scene.outage().attempts, scene.outage().since.unix_ms), (100, 0));
     assert_eq!(scene.retry.held(), PerKind { read: 0, write: 2, flush: 0 });
     scene.wake();
-    assert!(scene.retry.succeeded(1));
+    assert!(scene.retry.succeeded(1, 0));
     assert!(scene.retry.outage().is_some(), "the other one is still kept");
-    assert!(scene.retry.succeeded(2));
+    assert!(scene.retry.succeeded(2, 0));
     assert!(scene.retry.outage().is_none());
     assert_eq!(scene.retry.wake_at(), None);
 }
@@ -75,11 +79,11 @@ fn at_the_timeout_everything_is_reported_until_something_succeeds() {
     }
     assert_eq!(scene.wake(), Some(250), "not later than it was said");
     assert_eq!(scene.retry.decision(1), Some(Decision::Answer(Errno::Io)));
-    assert!(scene.outage().timed_out);
+    assert!(scene.outage().timed_out());
     assert_eq!(scene.retry.wake_at(), None);
     scene.now = 900;
     assert_eq!(scene.fail(2), Err(Errno::Io));
-    assert!(scene.retry.succeeded(3));
+    assert!(scene.retry.succeeded(3, 0));
     assert!(scene.retry.outage().is_none());
     assert_eq!(scene.fail(4), Ok(()), "another outage");
     assert_eq!(scene.retry.counts(), Counts { outages: 2, timeouts: 1 });
@@ -107,9 +111,34 @@ fn any_success_restarts_the_clock_and_hurries_nobody() {
         assert_eq!(scene.wake(), Some(100 * round), "a bad sector among good ones never times out");
         assert_eq!(scene.retry.decision(1), Some(Decision::Again));
         assert_eq!(scene.fail(1), Ok(()));
-        assert!(scene.retry.succeeded(1000 + round));
+        assert!(scene.retry.succeeded(1000 + round, 0));
     }
     assert_eq!(scene.outage().since.unix_ms, 0, "for people it is one");
+}
+
+/// They may be on storage of their own.
+#[test]
+fn each_layer_has_a_clock_of_its_own() {
+    let mut scene = scene(250);
+    assert_eq!(scene.fail_in(1, 1), Ok(()));
+    for round in 1..=2 {
+        assert_eq!(scene.wake(), Some(100 * round));
+        assert_eq!(scene.retry.decision(1), Some(Decision::Again));
+        assert!(scene.retry.succeeded(1000 + round, 0), "the top works");
+        assert_eq!(scene.fail_in(1, 1), Ok(()));
+    }
+    scene.now = 240;
+    assert_eq!(scene.fail_in(0, 2), Ok(()), "it begins to fail as well");
+    assert_eq!(scene.wake(), Some(250), "the lower one's time is over");
+    assert_eq!(scene.retry.decision(1), Some(Decision::Answer(Errno::Io)));
+    assert_eq!(scene.retry.decision(2), None, "the top's is not");
+    assert_eq!((scene.retry.held().write, scene.retry.counts().timeouts), (1, 1));
+    assert_eq!(scene.wake(), Some(300), "it is tried at its interval");
+    assert_eq!(scene.retry.decision(2), Some(Decision::Again));
+    assert!(scene.retry.succeeded(2, 0));
+    assert!(scene.outage().timed_out(), "the lower one fails still");
+    assert!(scene.retry.succeeded(3, 1));
+    assert!(scene.retry.outage().is_none());
 }
 
 #[test]
@@ -119,13 +148,13 @@ fn a_kind_that_is_not_retried_is_answered_with_its_own_error() {
     let full = io::Error::from_raw_os_error(libc::ENOSPC);
     for parked in [false, true] {
         scene.retry.park(parked);
-        assert_eq!(scene.retry.failed(1, Kind::Read, &full, Moment::now()), Err(Errno::NoSpace));
+        assert_eq!(scene.retry.failed(1, 0, Kind::Read, &full, Moment::now()), Err(Errno::NoSpace));
         let broken = io::Error::from_raw_os_error(libc::EIO);
-        assert_eq!(scene.retry.failed(1, Kind::Read, &broken, Moment::now()), Err(Errno::Io));
+        assert_eq!(scene.retry.failed(1, 0, Kind::Read, &broken, Moment::now()), Err(Errno::Io));
     }
     assert!(scene.retry.outage().is_none());
     scene.retry.park(false);
-    assert_eq!(scene.retry.failed(2, Kind::Flush, &full, Moment::now()), Ok(()), "a flush is as a write");
+    assert_eq!(scene.retry.failed(2, 0, Kind::Flush, &full, Moment::now()), Ok(()), "a flush is as a write");
 }
 
 #[test]
@@ -201,7 +230,7 @@ fn an_outage_that_is_inherited_keeps_its_clock() {
 
     scene = self::scene(1000);
     scene.retry.inherit(former);
-    assert!(scene.retry.succeeded(1), "it is over, and that is news");
+    assert!(scene.retry.succeeded(1, 0), "it is over, and that is news");
     assert!(!scene.retry.is_heir() && scene.retry.outage().is_none());
     assert_eq!(scene.fail(2), Ok(()));
     scene.retry.inherit(former);
