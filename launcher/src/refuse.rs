@@ -2,10 +2,11 @@
 //!
 //! It is answered from the status alone, at once: nothing is sent to QEMU, and no image is touched.
 
+use devices::retry::{AtTimeout, Engine};
 use serde_json::Value;
 
 use crate::request::{Class, Failure, Request};
-use crate::status::{DeviceStatus, IoState, Status};
+use crate::status::{DeviceStatus, IoState, IoStatus, Status};
 use crate::storage::Mounts;
 use crate::suspend::state::unix_ms;
 use crate::suspend::turn::id_in;
@@ -62,6 +63,11 @@ impl Status {
                 )
             }
             Obstacle::Boot => format!("`qvirt kill {vm}`, repair the storage, then `qvirt start {vm}`"),
+            _ if is_told(disk) => {
+                format!(
+                    "its guest has the error; that it works is seen when the guest uses it again: let it, or `qvirt detach {vm} {id}`"
+                )
+            }
             _ => format!("wait until it recovers, `qvirt io retry {vm} {id}`, or `qvirt kill {vm}`"),
         };
         Some(Failure::new(Class::Refused, format!("{what} is refused: {}: {next}", outage_words(disk))))
@@ -128,12 +134,15 @@ impl Status {
     fn find(&self, obstacle: &Obstacle<'_>, mounts: &Mounts) -> Option<&DeviceStatus> {
         let mut suspended = self.devices.iter().filter(|disk| disk.is_suspended());
         match obstacle {
-            Obstacle::Any | Obstacle::Guest => suspended.next(),
+            Obstacle::Any => suspended.next(),
+            Obstacle::Guest => {
+                suspended.find(|disk| !is_told(disk) || self.boot_disk.as_ref() == Some(&disk.id))
+            }
             Obstacle::Hung => suspended.find(|disk| is_hung(disk)),
             Obstacle::Boot => {
                 suspended.find(|disk| is_hung(disk) || self.boot_disk.as_ref() == Some(&disk.id))
             }
-            Obstacle::Disk(name) => self.device(name).filter(|disk| disk.is_suspended()),
+            Obstacle::Disk(name) => self.device(name).filter(|disk| disk.is_suspended() && !is_told(disk)),
             Obstacle::Storage(paths) => {
                 let wanted: Vec<_> = paths.iter().map(|path| mounts.storage(path)).collect();
                 suspended.find(|disk| {
@@ -177,6 +186,18 @@ fn filenames(arguments: &Value) -> Vec<&str> {
 
 fn is_hung(disk: &DeviceStatus) -> bool {
     disk.io.as_ref().is_some_and(|io| io.state == IoState::Hung)
+}
+
+/// Whether the guest was told of the error and is told of each that follows: it waits for nothing, and who repairs the storage of a disk that nobody
+/// uses any more could wait for ever to hear of it. With engine `hold` flushes wait all the same.
+fn is_told(disk: &DeviceStatus) -> bool {
+    let engine = disk.on_error.as_ref().map(|retry| retry.engine);
+    let tells = matches!(engine, Some(Engine::Native | Engine::Proxy));
+    let has_timed_out = |io: &IoStatus| {
+        let act = io.outage.as_ref().and_then(|outage| outage.at_timeout);
+        io.state == IoState::TimedOut && act == Some(AtTimeout::Report) && io.held == 0
+    };
+    tells && disk.io.as_ref().is_some_and(has_timed_out)
 }
 
 /// Which disk, since when, and why.

@@ -8,6 +8,7 @@ use tests::storm::Storm;
 use tests::vm::finished;
 use tests::{on_both, on_one};
 
+use crate::faults::Follower;
 use crate::suspension::{boot, in_time};
 
 on_both! {
@@ -111,6 +112,7 @@ fn a_name_that_is_used_again(version: QemuVersion) {
 /// What the guest reads of a backing file is held as well, however far below it is.
 fn images_below(version: QemuVersion) {
     let mut scene = boot(version);
+    let people = Follower::start(&scene.vm, "events.txt", &[]);
     for (id, cache) in [("direct", "none"), ("cached", "writeback")] {
         let base = scene.vm.raw(&format!("{id}.base"), 4, "bottom");
         // A file that ends in the middle of a block.
@@ -132,10 +134,14 @@ fn images_below(version: QemuVersion) {
         assert!(begin.elapsed() >= fails_for, "read after {:?}, past the proxy", begin.elapsed());
         storm.waits_for(&scene, "ok");
         assert_eq!(storm.count(&scene, "suspensions"), 1, "{}", storm.io(&scene));
+        // What is read is in the lowest one.
+        let words = ["QVIRT_IO_SUSPENDED", &format!("device={id} "), &format!("path={base} ")];
+        scene.vm.wait_for("the event", || !people.lines(&words).is_empty());
         // Its death is an outage that ends with it, for all layers.
         scene.vm.kill_process(storm.proxy(&scene).expect("a proxy"));
         assert_eq!(scene.guest.check(&read).expect("no error"), "bottom");
     }
+    drop(people);
     scene.end();
 }
 

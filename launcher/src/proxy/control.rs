@@ -5,7 +5,7 @@
 //!
 //! ```json
 //! {"event": "state", "held": {"read": 0, "write": 1, "flush": 0}, "since_unix_ms": 1700000000000, "attempts": 3, "operation": "write",
-//!  "errno": 5, "error": "Input/output error", "timed_out": false, "parked": false, "outages": 1, "timeouts": 0,
+//!  "errno": 5, "layer": 0, "error": "Input/output error", "timed_out": false, "parked": false, "outages": 1, "timeouts": 0,
 //!  "fault": {"read": false, "write": false, "flush": false}, "interval_ms": 1000, "timeout_ms": 10000, "size": 1048576,
 //!  "outstanding": 1, "oldest_outstanding_ms": 0, "heir": false}
 //! ```
@@ -249,6 +249,7 @@ fn view(disk: &Disk) -> Value {
         "attempts": outage.map(|outage| outage.attempts),
         "operation": outage.map(|outage| outage.kind),
         "errno": outage.map(|outage| outage.errno),
+        "layer": outage.map(|outage| outage.layer),
         "error": error,
         "timed_out": outage.is_some_and(Outage::timed_out),
         "parked": state.retry.parked(),

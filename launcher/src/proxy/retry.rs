@@ -122,6 +122,8 @@ pub struct Outage {
     /// What failed last, and how.
     pub kind: Kind,
     pub errno: i32,
+    /// Which layer that was.
+    pub layer: usize,
     /// Of each layer that fails.
     clocks: BTreeMap<usize, Clock>,
 }
@@ -259,11 +261,11 @@ impl Retry {
         }
         let errno = error.raw_os_error().unwrap_or(libc::EIO);
         let since = self.inherited.take().unwrap_or(now);
-        let first = Outage { since, attempts: 0, kind, errno, clocks: BTreeMap::new() };
+        let first = Outage { since, attempts: 0, kind, errno, layer, clocks: BTreeMap::new() };
         self.counts.outages += u64::from(self.outage.is_none());
         let outage = self.outage.get_or_insert(first);
         outage.attempts += 1;
-        (outage.kind, outage.errno) = (kind, errno);
+        (outage.kind, outage.errno, outage.layer) = (kind, errno, layer);
         outage.clocks.entry(layer).or_insert(Clock { since: since.at, timed_out: false });
         self.expire(now.at);
         let clock = self.outage.as_ref().and_then(|outage| outage.clocks.get(&layer));

@@ -195,6 +195,37 @@ fn requests_of_ours_in_each_state() {
     }
 }
 
+/// A disk whose errors reach the guest, which waits for nothing.
+fn told(engine: &str, held: usize) -> Status {
+    let mut status = vm(IoState::TimedOut);
+    let retry = json!({"engine": engine, "read": true, "write": true, "interval": "1s", "timeout": "10s", "at_timeout": "report"});
+    let disk = &mut status.devices[1];
+    disk.on_error = Some(serde_json::from_value(retry).expect("how it retries"));
+    let io = disk.io.as_mut().expect("a disk that retries");
+    io.held = held;
+    io.outage.as_mut().expect("an outage").at_timeout = Some(AtTimeout::Report);
+    status
+}
+
+#[test]
+fn a_guest_that_was_told_waits_for_nothing() {
+    let shutdown = Request::Shutdown(Shutdown { timeout_ms: 1, then_kill: true });
+    let detach = Request::Detach(Detach { id: "data".to_owned(), wait_ms: 0, force: false });
+    for (engine, held, is_refused) in
+        [("proxy", 0, false), ("native", 0, false), ("proxy", 1, true), ("hold", 0, true)]
+    {
+        for request in [&shutdown, &detach] {
+            let said = refused(&told(engine, held), Asked::Ours(request));
+            assert_eq!(said.is_some(), is_refused, "{engine} {held}: {said:?}");
+        }
+    }
+    let mut status = told("proxy", 0);
+    let said = refused(&status, Asked::Raw("block-commit", &Value::Null)).expect("refused");
+    assert!(said.ends_with("let it, or `qvirt detach web data`"), "{said}");
+    status.boot_disk = Some("data".to_owned());
+    assert!(refused(&status, Asked::Ours(&shutdown)).is_some(), "it could not boot again");
+}
+
 #[test]
 fn a_reset_is_refused_while_the_boot_disk_is_suspended() {
     let mut status = vm(IoState::Suspended);

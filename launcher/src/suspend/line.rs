@@ -55,6 +55,8 @@ pub struct State {
     pub timeouts: u64,
     pub fault: PerKind<bool>,
     #[serde(default)]
+    pub layer: Option<usize>,
+    #[serde(default)]
     pub oldest_outstanding_ms: Option<u64>,
     #[serde(default)]
     pub heir: bool,

@@ -27,6 +27,9 @@ pub struct What {
     pub cause: String,
     /// Whether the host had no space left.
     pub nospace: bool,
+    /// How far below the uppermost image the one is that failed; a proxy alone knows.
+    #[serde(default)]
+    pub layer: usize,
 }
 
 /// Time since the boot, which goes on over the owner's death.
@@ -246,7 +249,7 @@ mod tests {
     }
 
     fn what(cause: &str) -> What {
-        What { operation: "write".to_owned(), cause: cause.to_owned(), nospace: false }
+        What { operation: "write".to_owned(), cause: cause.to_owned(), ..What::default() }
     }
 
     fn at(seconds: u64) -> Uptime {

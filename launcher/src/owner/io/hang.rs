@@ -233,7 +233,7 @@ impl Owner {
             Answer::Fine => disk.probe = Probe::Passed,
             Answer::Failed(cause) => {
                 let operation = disk.io.outage.as_ref().map(|outage| outage.what.operation.clone());
-                let what = What { operation: operation.unwrap_or_default(), cause, nospace: false };
+                let what = What { operation: operation.unwrap_or_default(), cause, ..What::default() };
                 let change = disk.io.failed(what, Uptime::now());
                 self.io_changed(id, change);
             }

@@ -327,6 +327,7 @@ impl Owner {
             operation: error.operation.to_string(),
             cause: error.reason.clone(),
             nospace: error.nospace,
+            layer: 0,
         };
         let time = micros(timestamp);
         let is_ok = disk.io.outage.is_none();

@@ -46,7 +46,8 @@ impl Disk {
         let mut changes = Vec::new();
         if native.watch.failed(at, interval) || began {
             let cause = error.reason.clone();
-            let what = What { operation: error.operation.to_string(), cause, nospace: error.nospace };
+            let what =
+                What { operation: error.operation.to_string(), cause, nospace: error.nospace, layer: 0 };
             changes.push(self.io.failed(what, at));
         }
         if is_report {

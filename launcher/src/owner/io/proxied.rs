@@ -98,6 +98,7 @@ fn follow(io: &mut DiskIo, before: Option<&State>, state: &State) -> Vec<Change>
             operation: state.operation.clone().unwrap_or_default(),
             cause: state.error.clone().unwrap_or_default(),
             nospace: state.errno == Some(libc::ENOSPC),
+            layer: state.layer.unwrap_or_default(),
         };
         let since = state.since_unix_ms.map_or(0, |since| unix_ms().saturating_sub(since));
         changes.push(match io.outage {

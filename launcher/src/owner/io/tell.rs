@@ -225,7 +225,8 @@ impl Owner {
     pub(super) fn io_changed(&mut self, id: &DeviceId, change: Change) {
         let now = Uptime::now();
         let placed = self.layout.device(id.as_str());
-        let path = placed.and_then(Placed::backing);
+        let (top, layers) =
+            (placed.and_then(Placed::backing), placed.map(Placed::layers).unwrap_or_default());
         let label = placed.and_then(Placed::label).map(ToString::to_string);
         let Some(disk) = self.io.disks.get_mut(id) else { return };
         let is_news =
@@ -244,6 +245,9 @@ impl Owner {
                 json!({"lasted-ms": u64::try_from(lasted.as_millis()).unwrap_or(u64::MAX)}),
             ),
         };
+        let below = layers.get(outage.what.layer).filter(|_| outage.what.layer > 0);
+        // The uppermost one as the config has it.
+        let path = below.map(|layer| layer.path.clone()).or(top);
         let mut data = json!({
             "device": id.as_str(), "label": label, "path": path, "engine": disk.io.retry.engine, "operation": outage.what.operation,
             "cause": outage.what.cause, "nospace": outage.what.nospace, "since-unix-ms": outage.since_unix_ms,
