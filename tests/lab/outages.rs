@@ -101,4 +101,34 @@ mod soak {
     fn device_mapper_fails_below_virtio_scsi() {
         inside(|| device_mapper(QemuVersion::V10_0, "virtio-scsi"));
     }
+
+    /// Its errors are held, and told at the timeout although the image above it works all the time.
+    #[test]
+    fn a_backing_file_fails_below_a_proxy() {
+        inside(|| {
+            let storage = FaultyDisk::new("golden", 4).expect("a disk of this test");
+            let mut scene = step("boot", || Scene::boot(QemuVersion::V10_0, QUIET, AGENT_CHANNEL));
+            let top = scene.vm.qcow2("top.qcow2", Err((&storage.path().display().to_string(), "raw")));
+            let wish =
+                format!("path={top},format=qcow2,cache=none,on_error.engine=proxy,on_error.timeout=5s");
+            let storm = step("attach", || Storm::calm_on(&mut scene, "thin", &wish));
+            let read = format!("dd if={} of=/dev/null bs=4096 count=1 iflag=direct", storm.name);
+            scene.guest.check(&read).expect("a read");
+            storage.behave(Behaviour::Fails).expect("device-mapper obeys");
+            let reader = scene.guest.begin(&read).expect("a reader");
+            storm.waits_for(&scene, "suspended");
+            // Whole clusters, which need nothing of what is below.
+            let write = format!("dd if=/dev/zero of={} bs=64k seek=20 count=20 oflag=direct", storm.name);
+            while storm.io(&scene)["state"] == "suspended" {
+                scene.guest.check(&write).expect("the top works");
+            }
+            assert_eq!(storm.io(&scene)["state"], "timed-out", "{}", storm.io(&scene));
+            let output = scene.guest.finish(reader, Duration::from_secs(60)).expect("the reader ends");
+            assert_ne!(output.status, 0, "the guest is told: {output:?}");
+            storage.behave(Behaviour::Works).expect("device-mapper obeys");
+            scene.guest.check(&read).expect("a read after the repair");
+            storm.waits_for(&scene, "ok");
+            scene.end();
+        });
+    }
 }
