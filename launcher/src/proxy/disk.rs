@@ -26,7 +26,7 @@ use crate::nbd::{Errno, Export, Features, Reply, Request};
 #[cfg(test)]
 mod tests;
 
-/// Threads at the storage at once: as many as QEMU has requests in flight. Storage that hangs holds up so many, and no thread else.
+/// Threads at the storage of a layer at once: as many as QEMU has requests in flight. Storage that hangs holds up so many, and no thread else.
 const THREADS: usize = 16;
 
 /// What changes about a disk. Whoever watches it is told of outages and what is kept, not of every request.
@@ -91,7 +91,7 @@ impl Disk {
             aio: aio(),
             size: AtomicU64::new(size),
             next: self.next.clone(),
-            threads: self.threads.clone(),
+            threads: Arc::new(Semaphore::new(THREADS)),
             state: self.state.clone(),
         }
     }

@@ -10,7 +10,8 @@
 //!
 //! A success ends the outage, but not the wait of the others that are kept: they are tried at their interval, and the next failure begins
 //! another outage. So one bad sector among good ones never times out, and is not tried more often for it. Layers may be on storage of their own: each has
-//! its clock, which a success of another layer does not touch, and times out for itself. For people the disk fails as long as any layer does.
+//! its clock and times out for itself, and a success of another layer does not touch its clock while anything is kept of it. For people the disk
+//! fails as long as any layer does.
 //!
 //! Reads and writes are retried or not apart; a flush counts as a write. A failure of a kind that is not retried is answered at once with
 //! the error it has. Parked, everything kept and every failure that would be is answered ENOSPC: with the policy `enospc` the device then
@@ -239,12 +240,16 @@ impl Retry {
 
     /// A request to a layer succeeded. Returns whether that changes anything.
     pub fn succeeded(&mut self, id: u64, layer: usize) -> bool {
-        self.kept.remove(&id);
+        let was_kept = self.kept.remove(&id).is_some();
         let was_heir = self.inherited.take().is_some();
         let Some(outage) = &mut self.outage else { return was_heir };
-        outage.clocks.remove(&layer);
+        let clocks = outage.clocks.len();
+        let kept = &self.kept;
+        // Nobody may ever ask the others again: those of which nothing is kept do not outlast the success.
+        outage.clocks.retain(|of, _| *of != layer && kept.values().any(|kept| kept.layer == *of));
+        let changed = was_kept || was_heir || outage.clocks.len() != clocks;
         self.settle();
-        true
+        changed
     }
 
     /// A request to a layer failed. The error if it is to be answered now; otherwise it is kept until [`Retry::decision`] has one.
@@ -370,6 +375,7 @@ impl Retry {
                     *layer
                 })
                 .collect();
+            outage.layer = late.first().copied().unwrap_or(outage.layer);
             self.counts.timeouts += 1;
             self.decide(Decision::Answer(Errno::Io), |layer| late.contains(&layer));
         }

@@ -164,6 +164,8 @@ impl Owner {
         match disk.io.outage.as_ref().and_then(|outage| outage.timed_out) {
             // The guest cannot let go of a disk whose requests wait.
             _ if leaves => proxy.line.teller().tell(json!({"command": "fail"})),
+            // A proxy that has timed out has answered what was late, and what it keeps is not: that is another layer's.
+            Some(AtTimeout::Report) if seen.timed_out => {}
             Some(AtTimeout::Report | AtTimeout::Unplug) => {
                 proxy.line.teller().tell(json!({"command": "fail"}));
             }

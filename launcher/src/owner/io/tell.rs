@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tracing::{debug, info, warn};
 
 use super::disk::Drill;
-use super::proxied::times;
+use super::proxied::{Proxy, times};
 use super::{Io, Owner, TELL};
 use crate::owner::{Reply, not_now};
 use crate::request::{Class, Drill as Wanted, Failure, IoSet};
@@ -105,9 +105,18 @@ impl Owner {
                 self.look_at_io();
                 let _ = reply.send(Ok(json!({})));
             }
-            None => drop(
-                reply.send(Err(not_now(&format!("disk {id} has timed out"), "the guest was told already"))),
-            ),
+            None => {
+                // One layer of it has, and another may not have.
+                let has_late = |proxy: &&Proxy| proxy.seen.as_ref().is_some_and(|seen| seen.timed_out);
+                let waiting = disk.proxy.as_ref().filter(has_late).filter(|proxy| proxy.held() > 0);
+                let _ = reply.send(match waiting {
+                    Some(proxy) => {
+                        proxy.line.teller().tell(json!({"command": "fail"}));
+                        Ok(json!({}))
+                    }
+                    None => Err(not_now(&format!("disk {id} has timed out"), "the guest was told already")),
+                });
+            }
         }
     }
 
