@@ -122,7 +122,8 @@ mod soak {
             while storm.io(&scene)["state"] == "suspended" {
                 scene.guest.check(&write).expect("the top works");
             }
-            assert_eq!(storm.io(&scene)["state"], "timed-out", "{}", storm.io(&scene));
+            // Since then the top may have been written again, which ends what is known of an outage of which nothing is kept.
+            assert_eq!(storm.count(&scene, "timeouts"), 1, "{}", storm.io(&scene));
             let output = scene.guest.finish(reader, Duration::from_secs(60)).expect("the reader ends");
             assert_ne!(output.status, 0, "the guest is told: {output:?}");
             storage.behave(Behaviour::Works).expect("device-mapper obeys");
