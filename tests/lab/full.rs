@@ -83,6 +83,8 @@ fn overlay(scene: &mut Scene, small: &Small) {
     let mut command = scene.vm.command(&["snapshot", "delete", "guest", "one", "--speed", "4KiB"]);
     let deletion = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("qvirt starts");
     storm.waits_for(scene, "suspended");
+    // Until the device is where its requests are held, the commit could still end.
+    scene.vm.wait_for("held requests", || storm.io(scene)["held"].as_u64() >= Some(1));
     // By qvirt that is refused now, as all that changes the disk is.
     scene.vm.rescue("block-job-set-speed", json!({"device": "near-merge", "speed": 0}));
     print!("{}{}", scene.vm.ok(&["io", "status", "guest"]), scene.vm.ok(&["jobs", "guest"]));
