@@ -83,7 +83,9 @@ fn overlay(scene: &mut Scene, small: &Small) {
     let mut command = scene.vm.command(&["snapshot", "delete", "guest", "one", "--speed", "4KiB"]);
     let deletion = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("qvirt starts");
     storm.waits_for(scene, "suspended");
-    // Until the device is where its requests are held, the commit could still end.
+    // The commit could still end while the device is not where its requests are held, as at each attempt: the one that is due is the last.
+    scene.vm.ok(&["io", "set", "guest", "near", "--interval", "1h"]);
+    std::thread::sleep(std::time::Duration::from_secs(2));
     scene.vm.wait_for("held requests", || storm.io(scene)["held"].as_u64() >= Some(1));
     // By qvirt that is refused now, as all that changes the disk is.
     scene.vm.rescue("block-job-set-speed", json!({"device": "near-merge", "speed": 0}));
@@ -96,6 +98,7 @@ fn overlay(scene: &mut Scene, small: &Small) {
         "{output}"
     );
     small.relieve();
+    scene.vm.ok(&["io", "set", "guest", "near", "--interval", "200ms"]);
     storm.waits_for(scene, "ok");
     storm.is_unharmed(scene, "on the layer that stayed");
     print!("{}", scene.vm.ok(&["blocks", "guest"]));
