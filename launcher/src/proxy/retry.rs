@@ -144,6 +144,12 @@ struct Clock {
     timed_out: bool,
 }
 
+impl Clock {
+    fn is_over(&self, timeout: Duration, now: Instant) -> bool {
+        self.since.checked_add(timeout).is_some_and(|end| now >= end)
+    }
+}
+
 /// What becomes of a request that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -345,8 +351,7 @@ impl Retry {
         (self.policy.interval, self.policy.timeout) = (interval, timeout);
         self.next = self.next.map(|next| next.min(now + interval));
         for clock in self.outage.iter_mut().flat_map(|outage| outage.clocks.values_mut()) {
-            clock.timed_out &=
-                timeout.is_some_and(|timeout| clock.since.checked_add(timeout).is_some_and(|end| now >= end));
+            clock.timed_out &= timeout.is_some_and(|timeout| clock.is_over(timeout, now));
         }
         self.expire(now);
     }
@@ -366,16 +371,14 @@ impl Retry {
     fn expire(&mut self, now: Instant) -> bool {
         let expired = self.deadline().is_some_and(|deadline| now >= deadline);
         if let Some((outage, timeout)) = self.outage.as_mut().zip(self.policy.timeout).filter(|_| expired) {
-            let clocks = outage.clocks.iter_mut();
-            let late =
-                clocks.filter(|(_, clock)| clock.since.checked_add(timeout).is_some_and(|end| now >= end));
-            let late: Vec<usize> = late
-                .map(|(layer, clock)| {
+            let mut late = Vec::new();
+            for (layer, clock) in &mut outage.clocks {
+                if !clock.timed_out && clock.is_over(timeout, now) {
                     clock.timed_out = true;
-                    *layer
-                })
-                .collect();
-            outage.layer = late.first().copied().unwrap_or(outage.layer);
+                    late.push(*layer);
+                    outage.layer = *layer;
+                }
+            }
             self.counts.timeouts += 1;
             self.decide(Decision::Answer(Errno::Io), |layer| late.contains(&layer));
         }
