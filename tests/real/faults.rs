@@ -35,6 +35,11 @@ impl Follower {
         std::fs::read_to_string(&self.file).unwrap_or_default()
     }
 
+    /// Waits for a line that has all these words.
+    pub fn sees(&self, vm: &Vm, words: &[&str]) {
+        vm.wait_for(&format!("{words:?} among the events"), || !self.lines(words).is_empty());
+    }
+
     /// The lines that have all these words.
     pub fn lines(&self, words: &[&str]) -> Vec<String> {
         self.text()

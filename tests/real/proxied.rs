@@ -136,7 +136,7 @@ fn images_below(version: QemuVersion) {
         assert_eq!(storm.count(&scene, "suspensions"), 1, "{}", storm.io(&scene));
         // What is read is in the lowest one.
         let words = ["QVIRT_IO_SUSPENDED", &format!("device={id} "), &format!("path={base} ")];
-        scene.vm.wait_for("the event", || !people.lines(&words).is_empty());
+        people.sees(&scene.vm, &words);
         // Its death is an outage that ends with it, for all layers.
         scene.vm.kill_process(storm.proxy(&scene).expect("a proxy"));
         assert_eq!(scene.guest.check(&read).expect("no error"), "bottom");

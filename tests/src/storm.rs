@@ -101,6 +101,16 @@ impl Storm {
         text
     }
 
+    /// Drills until something failed: a guest that is slow may not use its disk in so short a time.
+    pub fn drill_felt(&self, scene: &Scene, fail_for: &str, more: &[&str]) {
+        let before = self.count(scene, "suspensions");
+        let felt = (0..5).any(|_| {
+            self.drill(scene, fail_for, more);
+            self.count(scene, "suspensions") > before
+        });
+        assert!(felt, "{more:?}: nothing failed: {}", self.io(scene));
+    }
+
     /// A drill that goes on by itself.
     pub fn fail_for(&self, scene: &Scene, milliseconds: u64) {
         let arguments = serde_json::json!({

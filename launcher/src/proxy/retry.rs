@@ -225,10 +225,11 @@ impl Retry {
         self.outage.as_ref()
     }
 
-    /// How many requests of each kind are kept.
+    /// How many requests of each kind are kept. Those that are to be answered wait for nothing any more.
     pub fn held(&self) -> PerKind<usize> {
+        let is_answered = |kept: &&Kept| matches!(kept.state, KeptState::Decided(Decision::Answer(_)));
         let mut held = PerKind::default();
-        for kept in self.kept.values() {
+        for kept in self.kept.values().filter(|kept| !is_answered(kept)) {
             *held.of(kept.kind) += 1;
         }
         held

@@ -78,6 +78,7 @@ fn at_the_timeout_everything_is_reported_until_something_succeeds() {
         assert_eq!(scene.fail(1), Ok(()));
     }
     assert_eq!(scene.wake(), Some(250), "not later than it was said");
+    assert_eq!(scene.retry.held(), PerKind::default(), "what is to be answered does not wait");
     assert_eq!(scene.retry.decision(1), Some(Decision::Answer(Errno::Io)));
     assert!(scene.outage().timed_out());
     assert_eq!(scene.retry.wake_at(), None);
