@@ -188,11 +188,6 @@ fn all_of_detach(met: &BTreeSet<String>) {
 }
 
 #[test]
-fn plug_on_qemu_7_2() {
-    real(QemuVersion::V7_2);
-}
-
-#[test]
 fn plug_on_qemu_10_0() {
     real(QemuVersion::V10_0);
 }
@@ -259,4 +254,13 @@ fn taps(network: Network, met: &mut BTreeSet<String>) {
     let value = format!("tap=qtap0,queues=2,vhost={}", network.vhost);
     sweep_attach(&stage, &Victim::new("--nic", &value, "v"), met);
     stage.end();
+}
+
+mod soak {
+    use super::*;
+
+    #[test]
+    fn plug_on_qemu_7_2() {
+        real(QemuVersion::V7_2);
+    }
 }

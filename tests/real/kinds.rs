@@ -12,13 +12,16 @@ use tests::qemu::QemuVersion;
 use tests::vhost_user::{Backend, guest_words};
 use tests::vm::Vm;
 
-use tests::on_both;
+use tests::on_one;
 use tests::scene::{QUIET, Scene};
 
-on_both! {
+on_one! { 10.0:
     virtio_blk => virtio_blk_disks,
-    virtio_scsi => virtio_scsi_disks,
     nic => nics,
+}
+
+on_one! { 7.2:
+    virtio_scsi => virtio_scsi_disks,
     port => consoles_and_channels,
 }
 

@@ -3,17 +3,13 @@
 
 use std::time::{Duration, Instant};
 
+use tests::on_one;
 use tests::qemu::{QemuVersion, images};
 use tests::storm::Storm;
 use tests::vm::finished;
-use tests::{on_both, on_one};
 
 use crate::faults::Follower;
 use crate::suspension::{boot, in_time};
-
-on_both! {
-    held => an_outage_that_ends_in_time,
-}
 
 on_one! { 10.0:
     deaths => owners_and_proxies_that_die,
@@ -23,6 +19,7 @@ on_one! { 10.0:
 }
 
 on_one! { 7.2:
+    held => an_outage_that_ends_in_time,
     drained => drains_while_requests_are_held,
 }
 

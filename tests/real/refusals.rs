@@ -5,16 +5,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tests::guest::{BOOT, PatternWish};
+use tests::on_one;
 use tests::qemu::QemuVersion;
 use tests::refusals::{each_is_refused, is_refused};
 use tests::scene::{QUIET, Scene};
 use tests::storm::Storm;
 use tests::vm::{AGENT_CHANNEL, Vm, finished};
-use tests::{on_both, on_one};
-
-on_both! {
-    refused => while_a_disk_is_suspended,
-}
 
 on_one! { 7.2:
     resets => a_reset_in_an_outage,
@@ -22,6 +18,7 @@ on_one! { 7.2:
 }
 
 on_one! { 10.0:
+    refused => while_a_disk_is_suspended,
     boot_disk => while_the_boot_disk_is_suspended,
 }
 

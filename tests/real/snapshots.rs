@@ -1,15 +1,11 @@
 //! Snapshots of a guest that writes all the time: what was kept is what there was, at one instant on all disks, and the guest never notices.
 
 use tests::chain::{are_sound, frozen, states, tops, view};
+use tests::on_one;
 use tests::qemu::QemuVersion;
 use tests::scene::{QUIET, Scene};
 use tests::storm::Storm;
 use tests::vm::{AGENT_CHANNEL, Vm};
-use tests::{on_both, on_one};
-
-on_both! {
-    goes_on => the_guest_goes_on_and_the_next_start_knows,
-}
 
 on_one! { 10.0:
     instant => two_disks_at_one_instant,
@@ -20,6 +16,7 @@ on_one! { 10.0:
 }
 
 on_one! { 7.2:
+    goes_on => the_guest_goes_on_and_the_next_start_knows,
     deleted => deleted_under_the_guest,
     slowly => merged_slowly_under_the_guest,
     quiet => a_guest_that_is_frozen_is_thawed,

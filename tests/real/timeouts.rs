@@ -4,23 +4,20 @@
 use std::fmt;
 
 use tests::guest::PatternReport;
+use tests::on_one;
 use tests::qemu::QemuVersion;
 use tests::scene::Scene;
 use tests::storm::Storm;
-use tests::{on_both, on_one};
 
 use crate::faults::Follower;
 use crate::suspension::boot;
-
-on_both! {
-    held => hold,
-}
 
 on_one! { 7.2:
     paused => pause,
 }
 
 on_one! { 10.0:
+    held => hold,
     proxied => proxy,
 }
 
