@@ -83,69 +83,58 @@ fn a_disk_fails_and_the_status_says_how() {
     });
 }
 
-mod soak {
-    use super::*;
+#[test]
+fn a_disk_stalls_and_vanishes_and_the_guests_pattern_holds() {
+    inside(|| {
+        let storage = FaultyDisk::new("moody", 16).expect("a disk of this test");
+        let mut scene = step("boot", || Scene::boot(QemuVersion::V7_2, QUIET, AGENT_CHANNEL));
+        let disk = format!("path={},id=data,serial=moody,cache=none", storage.path().display());
+        step("attach", || scene.attach(["--disk", &disk], "disk", "serial=moody"));
+        let name = format!("/dev/{}", scene.disk("moody"));
+        scene.guest.pattern_start(&name, PatternWish::default()).expect("the pattern starts");
+        scene
+            .guest
+            .wait_pattern(&name, "some blocks", |report| report.verified > 20)
+            .expect("the pattern goes on");
 
-    #[test]
-    fn a_disk_stalls_and_vanishes_and_the_guests_pattern_holds() {
-        inside(|| {
-            let storage = FaultyDisk::new("moody", 16).expect("a disk of this test");
-            let mut scene = step("boot", || Scene::boot(QemuVersion::V7_2, QUIET, AGENT_CHANNEL));
-            let disk = format!("path={},id=data,serial=moody,cache=none", storage.path().display());
-            step("attach", || scene.attach(["--disk", &disk], "disk", "serial=moody"));
-            let name = format!("/dev/{}", scene.disk("moody"));
-            scene.guest.pattern_start(&name, PatternWish::default()).expect("the pattern starts");
-            scene
-                .guest
-                .wait_pattern(&name, "some blocks", |report| report.verified > 20)
-                .expect("the pattern goes on");
-
-            step("the storage stalls, then goes on", || {
-                storage.behave(Behaviour::Stalls).expect("device-mapper obeys");
-                let hangs = |report: &PatternReport| {
-                    report
-                        .outstanding
-                        .as_ref()
-                        .is_some_and(|request| report.now_us - request.since_us > 2_000_000)
-                };
-                scene.guest.wait_pattern(&name, "a request that hangs", hangs).expect("the guest waits");
-                storage.behave(Behaviour::Works).expect("device-mapper obeys");
-                let paused = |report: &PatternReport| report.longest_pause_us > 2_000_000;
-                let report = scene
-                    .guest
-                    .wait_pattern(&name, "the end of the pause", paused)
-                    .expect("the guest goes on");
-                assert_eq!(
-                    (report.error_count, report.mismatch_count),
-                    (0, 0),
-                    "a stall is no error: {report:#?}"
-                );
-                println!(
-                    "a pause of {} us, no error, {} blocks verified",
-                    report.longest_pause_us, report.verified
-                );
-            });
-            step("the storage vanishes, then comes back", || {
-                storage.vanish().expect("device-mapper obeys");
-                let failed = |report: &PatternReport| report.error_count > 0;
-                scene.guest.wait_pattern(&name, "errors", failed).expect("the guest sees them");
-                assert!(!storage.path().exists(), "the host has no such disk");
-                storage.come_back().expect("device-mapper obeys");
-                let before = scene.guest.pattern_report(&name).expect("a report").verified;
-                let well = |report: &PatternReport| report.working && report.verified > before + 20;
-                let report =
-                    scene.guest.wait_pattern(&name, "blocks again", well).expect("the guest goes on");
-                println!(
-                    "{} errors, then {} more blocks verified",
-                    report.error_count,
-                    report.verified - before
-                );
-            });
-            let last = scene.guest.pattern_stop(&name).expect("the last report");
-            assert_eq!(last.mismatch_count, 0, "what was written is there: {last:#?}");
-            assert_ne!(scene.vm.device("data")["fault"], Value::Null);
-            scene.vm.ok(&["detach", "guest", "data", "--wait", "30s"]);
-            scene.end();
+        step("the storage stalls, then goes on", || {
+            storage.behave(Behaviour::Stalls).expect("device-mapper obeys");
+            let hangs = |report: &PatternReport| {
+                report
+                    .outstanding
+                    .as_ref()
+                    .is_some_and(|request| report.now_us - request.since_us > 2_000_000)
+            };
+            scene.guest.wait_pattern(&name, "a request that hangs", hangs).expect("the guest waits");
+            storage.behave(Behaviour::Works).expect("device-mapper obeys");
+            let paused = |report: &PatternReport| report.longest_pause_us > 2_000_000;
+            let report =
+                scene.guest.wait_pattern(&name, "the end of the pause", paused).expect("the guest goes on");
+            assert_eq!(
+                (report.error_count, report.mismatch_count),
+                (0, 0),
+                "a stall is no error: {report:#?}"
+            );
+            println!(
+                "a pause of {} us, no error, {} blocks verified",
+                report.longest_pause_us, report.verified
+            );
         });
-    }
+        step("the storage vanishes, then comes back", || {
+            storage.vanish().expect("device-mapper obeys");
+            let failed = |report: &PatternReport| report.error_count > 0;
+            scene.guest.wait_pattern(&name, "errors", failed).expect("the guest sees them");
+            assert!(!storage.path().exists(), "the host has no such disk");
+            storage.come_back().expect("device-mapper obeys");
+            let before = scene.guest.pattern_report(&name).expect("a report").verified;
+            let well = |report: &PatternReport| report.working && report.verified > before + 20;
+            let report = scene.guest.wait_pattern(&name, "blocks again", well).expect("the guest goes on");
+            println!("{} errors, then {} more blocks verified", report.error_count, report.verified - before);
+        });
+        let last = scene.guest.pattern_stop(&name).expect("the last report");
+        assert_eq!(last.mismatch_count, 0, "what was written is there: {last:#?}");
+        assert_ne!(scene.vm.device("data")["fault"], Value::Null);
+        scene.vm.ok(&["detach", "guest", "data", "--wait", "30s"]);
+        scene.end();
+    });
 }

@@ -12,16 +12,13 @@ use tests::qemu::QemuVersion;
 use tests::vhost_user::{Backend, guest_words};
 use tests::vm::Vm;
 
-use tests::on_one;
+use tests::on_both;
 use tests::scene::{QUIET, Scene};
 
-on_one! { 10.0:
+on_both! {
     virtio_blk => virtio_blk_disks,
-    nic => nics,
-}
-
-on_one! { 7.2:
     virtio_scsi => virtio_scsi_disks,
+    nic => nics,
     port => consoles_and_channels,
 }
 

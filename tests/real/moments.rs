@@ -6,11 +6,14 @@ use tests::guest::{BOOT, Unplug};
 use tests::qemu::QemuVersion;
 use tests::vm::{Vm, finished};
 
-use tests::on_one;
 use tests::scene::{QUIET, Scene};
+use tests::{on_both, on_one};
+
+on_both! {
+    boot => during_boot,
+}
 
 on_one! { 10.0:
-    boot => during_boot,
     deaf_guest => a_guest_that_ignores_the_unplug,
 }
 
