@@ -129,22 +129,16 @@ fn foreign_devices(version: QemuVersion) {
     // The next owner knows it too; who follows the events learns of the change.
     let follower = Follower::start(&scene.vm, "events", &[]);
     scene.vm.kill_owner();
-    scene
-        .vm
-        .wait_for("the news that the owner is gone", || !follower.lines(&["QVIRT_OWNER_GONE"]).is_empty());
+    follower.sees(&scene.vm, &["QVIRT_OWNER_GONE"]);
     scene.vm.start();
-    scene.vm.wait_for("the news that there is one again", || {
-        !follower.lines(&["QVIRT_OWNER_BACK", "state=running"]).is_empty()
-    });
+    follower.sees(&scene.vm, &["QVIRT_OWNER_BACK", "state=running"]);
     assert!(shown(&scene.vm), "{}", scene.vm.ok(&["devices", "guest"]));
     assert_eq!(free(&scene.vm), 1);
 
     scene.vm.qmp("device_del", &json!({"id": "stranger"}));
     scene.sees("the foreign disk gone", |seen| seen.find("disk", "serial=stranger").is_none());
     scene.vm.wait_for("its seat to be free", || free(&scene.vm) == 2 && !shown(&scene.vm));
-    scene
-        .vm
-        .wait_for("the event of it", || !follower.lines(&["DEVICE_DELETED", "device=stranger"]).is_empty());
+    follower.sees(&scene.vm, &["DEVICE_DELETED", "device=stranger"]);
     drop(follower);
     scene.vm.qmp("blockdev-del", &json!({"node-name": "theirs"}));
     scene.detach("ours", &before);

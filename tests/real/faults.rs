@@ -35,8 +35,9 @@ impl Follower {
         std::fs::read_to_string(&self.file).unwrap_or_default()
     }
 
-    /// Waits for a line that has all these words.
+    /// Waits for a line that has all these words; what was seen instead stands in the output of a test that fails.
     pub fn sees(&self, vm: &Vm, words: &[&str]) {
+        println!("the events up to now:\n{}", self.text());
         vm.wait_for(&format!("{words:?} among the events"), || !self.lines(words).is_empty());
     }
 

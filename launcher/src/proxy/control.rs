@@ -12,7 +12,7 @@
 //!
 //! `since_unix_ms` to `error` are null while nothing fails, `timeout_ms` without a timeout, `oldest_outstanding_ms` while nothing is at the
 //! storage. `outages` and `timeouts` count what happened since the start, for whoever missed a state. `outstanding` counts the calls at the
-//! storage, `held` what failed and is not answered, attempts that are at the storage among it. `heir` is true from `since` until a request has shown
+//! storage, `held` what failed and waits for another attempt, attempts that are at the storage among it. `heir` is true from `since` until a request has shown
 //! whether that outage lasts.
 //!
 //! A command is answered `{"return": ...}` or `{"error": "..."}`, in order, with states in between. [`Command`] lists them.
